@@ -1,0 +1,351 @@
+"""Plain data that every layer shares; nothing here touches the outside world."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime  # noqa: TC003 - msgspec reads the annotations at run time
+from pathlib import Path  # noqa: TC003
+from typing import TYPE_CHECKING, Literal
+
+from cml_runner.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+LONGEST_NAME = 28  # 50 in all, less "cml--" and two times eight digits, as TPI has it
+
+
+@dataclass(frozen=True)
+class Identifier:
+    """The name of a task. Every resource's own name follows from it, so we keep no state.
+
+    The text form is PREFIX-NAME-SALT-CHECK, at most 50 characters of a-z, 0-9 and "-"; the check
+    is a hash of name and salt, so that names of others are never taken for ours. The algorithm
+    is that of terraform-provider-iterative, bit for bit (task/common/identifier.go).
+    """
+
+    name: str
+    salt: str
+    prefix: str = "cml"
+
+    @classmethod
+    def new(cls, name: str = "", prefix: str = "cml") -> Identifier:
+        """Make one that nobody else has."""
+        return cls(_normalize(name) or "runner", _hash(secrets.token_hex(8)), prefix)
+
+    @classmethod
+    def fixed(cls, name: str, prefix: str = "cml", seed: str = "") -> Identifier:
+        """Make the one that always belongs to this name (and seed, where names clash)."""
+        normal = _normalize(name) or "runner"
+        return cls(normal, _hash(seed or normal), prefix)
+
+    @classmethod
+    def parse(cls, text: str) -> Identifier:
+        """Read one back; raise ConfigurationError for a name which isn't ours."""
+        pattern = r"([a-z0-9]{3})-([a-z0-9]+(?:[a-z0-9-]*[a-z0-9])?)-([a-z0-9]+)-([a-z0-9]+)"
+        match = re.fullmatch(pattern, text)
+        if not match or str(found := cls(match[2], match[3], match[1])) != text:
+            msg = f"{text!r} is not an identifier of ours"
+            raise ConfigurationError(msg)
+        return found
+
+    @property
+    def short(self) -> str:
+        """Sixteen letters and digits, for clouds which allow no more."""
+        return self.salt + _hash(self.name + self.salt)
+
+    def __str__(self) -> str:
+        return f"{self.prefix}-{self.name}-{self.salt}-{_hash(self.name + self.salt)}"
+
+
+def _normalize(text: str) -> str:
+    short = re.sub("[^a-z0-9]+", "-", text.lower())[:LONGEST_NAME]
+    return short.removeprefix("-").removesuffix("-")
+
+
+def _hash(seed: str, digits: int = 8) -> str:
+    value = int.from_bytes(hashlib.sha256(seed.encode()).digest(), "big")
+    text = ""
+    while value:
+        value, rest = divmod(value, len(DIGITS))
+        text = DIGITS[rest] + text
+    return text[:digits]
+
+
+def names(name: str, count: int) -> tuple[str, ...]:
+    """Name the runners of one launch."""
+    return (name,) if count == 1 else tuple(f"{name}-{rank}" for rank in range(count))
+
+
+# What people ask for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credential:
+    """What opens a forge's door: a token, or a GitHub App."""
+
+    token: str = field(default="", repr=False)
+    app_id: str = ""
+    app_key: str = field(default="", repr=False)  # PEM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What to ask a cloud for; an empty value leaves the choice to the cloud."""
+
+    types: tuple[str, ...] = ("m",)  # in order of preference
+    gpu: str = ""
+    disk: int = 0  # GB
+    image: str = ""
+    spot: bool = False
+    spot_price: float = -1  # USD/h; -1 = the current price
+    spot_fallback: bool = False  # on-demand when there is no spot capacity
+    permissions: str = ""
+    ssh_key: str = field(default="", repr=False)  # PEM, private
+    options: Mapping[str, str] = field(default_factory=dict)  # --cloud-NAME-…, native to one cloud
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A script to run on some machines. A runner is a task whose script is our supervisor.
+
+    The identifier alone will do to find a task again and to delete it.
+    """
+
+    id: Identifier
+    settings: str = field(default="", repr=False)  # JSON for `cml-runner supervise`; secret
+    machine: Machine = Machine()
+    count: int = 1
+    expires: datetime | None = None  # when the cloud itself must have ended it
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+# What a cloud reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One machine of a task."""
+
+    id: str
+    status: Literal["starting", "running", "stopping"]
+    address: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happening:
+    """Something that a cloud did or could not do for a task.
+
+    "capacity", "quota", "permission", "image" and "error" are reasons why a machine doesn't come;
+    "info" and "interruption" belong to normal life.
+    """
+
+    at: datetime
+    kind: Literal["info", "interruption", "capacity", "quota", "permission", "image", "error"]
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """A task as found in a cloud: since when it has been there, and until when it may be."""
+
+    id: Identifier
+    created: datetime
+    expires: datetime | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+# What a forge reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """A runner as its forge reports it."""
+
+    id: str
+    name: str
+    labels: frozenset[str]
+    online: bool
+    busy: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job of a forge; empty fields are not known (yet)."""
+
+    name: str
+    id: str = ""
+    pipeline: str = ""  # what the forge needs to find it again: a run, a pipeline
+    attempt: int = 0
+    runner: str = ""  # name of the runner that ran it
+    url: str = ""  # for people
+
+    @property
+    def key(self) -> str:
+        """The same for every attempt of one job, and for no other job."""
+        return hashlib.sha256(f"{self.pipeline}\n{self.name}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A release of a forge's agent for Linux."""
+
+    version: str
+    arch: Literal["x64", "arm64"]
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """Room for one runner on a forge, and what its agent must show to take it."""
+
+    url: str  # of the repository, organisation, …
+    name: str
+    labels: tuple[str, ...]
+    single: bool
+    secret: str = field(repr=False)
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """How to start an agent; secrets stand in the variables, never among the arguments."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    directory: Path
+
+
+# What a launcher and its machines tell each other, through the bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that a supervisor must know. Secret: it may hold the forge's credential."""
+
+    id: Identifier
+    driver: str
+    repo: str
+    names: tuple[str, ...]  # of the runners, one per machine
+    labels: tuple[str, ...]
+    cloud: str = ""  # empty: this machine isn't a cloud's
+    region: str = ""
+    credential: Credential | None = None
+    registrations: tuple[Registration, ...] = ()  # one per machine, in place of a credential
+    group: str = ""  # of runners, on the forge
+    packages: tuple[Package, ...] = ()
+    single: bool = False
+    retry: bool = True
+    idle_timeout: float = 300  # seconds; 0 = never
+    expires: datetime | None = None
+    workdir: str = ""  # empty: below the current directory
+    startup: str = field(default="", repr=False)  # a script to run first
+    docker_volumes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What a machine last said of itself."""
+
+    state: Literal[
+        "starting",
+        "installing",
+        "registering",
+        "ready",
+        "busy",
+        "stopping",
+        "interrupted",  # another machine may come in its place
+        "ended",
+        "failed",
+    ]
+    at: datetime
+    since: datetime  # the state has been this
+    runner: str
+    reason: str = ""
+    job: Job | None = None
+    version: str = ""  # of the agent
+    code: int = 0  # exit code of our error, if it failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interruption:
+    """A job that was cut off. It is pending until the forge has queued it again."""
+
+    job: Job
+    times: int = 1
+    pending: bool = True
+
+
+# What happens to a supervisor
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The agent waits for a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStarted:
+    """The agent took a job."""
+
+    job: Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEnded:
+    """The agent finished its job."""
+
+    succeeded: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Troubled:
+    """The agent complains; it may or may not recover."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exited:
+    """The agent is gone. `again`: start it once more; `outdated`: only with a newer version."""
+
+    code: int
+    reason: str = ""
+    again: bool = False
+    outdated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """The cloud is about to take this machine away."""
+
+    reason: str
+    deadline: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signalled:
+    """Somebody asks us to stop."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retried:
+    """The forge queued an interrupted job again, or `given_up` says why it never will."""
+
+    job: Job
+    given_up: str = ""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Some time went by."""
+
+
+Event = Ready | JobStarted | JobEnded | Troubled | Exited | Notice | Signalled | Retried | Tick

@@ -1,0 +1,31 @@
+"""Deal with signals for a while."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Handler = Callable[[int, object], None] | signal.Handlers
+
+# Whatever asks us to end: Ctrl-C, somebody's kill, the terminal that goes away.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def handled(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[None]:
+    """Have this handler deal with these signals, and the former ones afterwards again.
+
+    SIGHUP stays ignored where it is: nohup means that we go on when the terminal goes away.
+    """
+    hung_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    taken = [number for number in numbers if not (hung_up and number == signal.SIGHUP)]
+    before = [signal.signal(number, handler) for number in taken]
+    try:
+        yield
+    finally:
+        for number, former in zip(taken, before, strict=True):
+            signal.signal(number, former)

@@ -1,0 +1,167 @@
+"""Small objects in the bucket of a task, on whatever cloud it is; the only file that knows obstore.
+
+On one task's bucket meet its launcher, its machines (one after another, if they are interrupted)
+and whoever reads its logs later. They tell each other all they know through the objects named here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from cml_runner.errors import CredentialsError, NotFound, RunnerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obstore.store import ObjectStore
+
+    from cml_runner.model import Job
+
+T = TypeVar("T")
+
+SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
+SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
+
+
+def status(rank: int) -> str:
+    """Name the object that holds a machine's model.Status."""
+    return f"status-{rank:03}.json"
+
+
+def interruption(job: Job) -> str:
+    """Name the object that holds a job's model.Interruption."""
+    return f"interrupted-{job.key}.json"
+
+
+class Store:
+    """The objects below one URL: file:///…, s3://…, gs://…, az://….
+
+    What doesn't exist (yet) holds nothing. Raises CredentialsError where access is denied,
+    RunnerError for whatever else goes wrong.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        from obstore.store import from_url
+
+        local = urlsplit(self.url)
+        if local.scheme == "file" and not Path(unquote(local.path)).is_dir():
+            raise FileNotFoundError(self.url)
+        return from_url(self.url)
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's content; None if there is no such object."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            return bytes(obstore.get(self._store, key).bytes())
+        return None
+
+    def write(self, key: str, content: bytes) -> None:
+        """Put an object there at once as a whole, in place of an older one."""
+        import obstore
+
+        try:
+            with _translated(self.url):
+                obstore.put(self._store, key, content)
+        except FileNotFoundError as error:
+            msg = f"{self.url} is gone"
+            raise NotFound(msg) from error
+
+    def delete(self, key: str) -> None:
+        """Remove an object; absent is removed already."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            obstore.delete(self._store, key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """List the names of the objects whose name begins with a prefix, sorted."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            found = obstore.list(self._store).collect()
+            return sorted(item["path"] for item in found if item["path"].startswith(prefix))
+        return []
+
+    def load(self, key: str, kind: type[T]) -> T | None:
+        """Return a dataclass that was saved; None if there is no such object."""
+        content = self.read(key)
+        try:
+            return None if content is None else msgspec.json.decode(content, type=kind)
+        except msgspec.MsgspecError as error:
+            msg = f"{self.url}/{key} was damaged, or written by another version: {error}"
+            raise RunnerError(msg) from error
+
+    def save(self, key: str, value: Any) -> None:
+        """Keep a dataclass."""
+        self.write(key, msgspec.json.encode(value))
+
+    def log(self, rank: int) -> str:
+        """Return all that a machine, and those in whose place it came, have logged so far."""
+        parts = (self.read(key) or b"" for key in self.keys(f"log-{rank:03}-"))
+        return b"".join(parts).decode(errors="replace")
+
+    def ranks(self) -> list[int]:
+        """List the machines which have said anything yet."""
+        return sorted({int(key.split("-")[1].split(".")[0]) for key in self.keys("") if _told(key)})
+
+
+class Log:
+    """The log of one machine, as it is being written: a list of objects of bounded size."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._rank = store, rank
+        self._number = len(store.keys(f"log-{rank:03}-"))
+        self._new: deque[bytes] = deque()  # taken by any thread, written by one
+        self._text = b""
+        self._dirty = False
+
+    def append(self, text: str) -> None:
+        """Add some text; it is safe after the next flush."""
+        self._new.append(text.encode(errors="replace"))
+
+    def flush(self) -> None:
+        """Write what is new. What can't be written now will be with the next flush."""
+        while self._new:
+            self._text += self._new.popleft()
+            self._dirty = True
+        while self._dirty:
+            part = self._text[:SEGMENT]
+            self._store.write(f"log-{self._rank:03}-{self._number:06}.txt", part)
+            self._dirty = len(part) == SEGMENT and len(self._text) > SEGMENT
+            if len(part) == SEGMENT:
+                self._text = self._text[SEGMENT:]
+                self._number += 1
+
+
+def _told(key: str) -> bool:
+    return key.startswith(("log-", "status-"))
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    from obstore import exceptions
+
+    try:
+        yield
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        msg = f"no access to {url}: {_first_line(error)}"
+        raise CredentialsError(msg) from error
+    except (exceptions.BaseError, PermissionError) as error:
+        msg = f"{url}: {_first_line(error)}"
+        raise RunnerError(msg) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
