@@ -1,0 +1,126 @@
+"""The clouds: every module here defines one class called Cloud, and its file name is its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from cml_runner.model import Happening, Identifier, Instance, Lease, Notice, Task
+
+NAMES = tuple(module.name for module in iter_modules(__path__))
+REGIONS = ("us-east", "us-west", "eu-north", "eu-west")  # names that every cloud translates
+SIZES = ("s", "m", "l", "xl")  # likewise
+
+
+class Resource(Protocol):
+    """One thing in a cloud. Every method may be repeated without harm."""
+
+    @property
+    def label(self) -> str:
+        """What people call it: "launch template"."""
+
+    @property
+    def needs(self) -> Sequence[Resource]:
+        """The resources which must exist before this one can be created."""
+
+    def create(self) -> bool:
+        """Create it; True if it is new, False if the one which exists was adopted.
+
+        One that can't be created leaves nothing behind.
+        """
+
+    def delete(self) -> None:
+        """Delete it and wait until it is gone; one which doesn't exist is deleted already."""
+
+
+class Group(Resource, Protocol):
+    """The resource that holds a task's machines, and re-creates those that die."""
+
+    def resize(self, count: int) -> None:
+        """Ask for that many machines, and return without waiting for them.
+
+        Raises NoCapacity or CredentialsError where the cloud says so at once.
+        """
+
+    def instances(self) -> list[Instance]:
+        """List the machines which the group has now."""
+
+    def events(self) -> list[Happening]:
+        """What the cloud did and could not do for this group, oldest first."""
+
+    def expire(self, at: datetime | None) -> None:
+        """Have the cloud itself end the group then, whatever the machines do; None: never.
+
+        It is also the last step of a launch: a task without it is one whose launcher died.
+        """
+
+    def interrupt(self, instance: str, after: float) -> None:
+        """Take a machine away as the cloud would: a notice now, its end `after` seconds later."""
+
+
+class Bucket(Resource, Protocol):
+    """The resource that holds a task's settings, logs and status; the first to be created.
+
+    Creating it is atomic: of two launches of one task, one gets True and the other False.
+    """
+
+    @property
+    def url(self) -> str:
+        """What `store.Store` opens, here and on the machines; known before it is created."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a task needs in one cloud."""
+
+    resources: Sequence[Resource]  # in creation order; deletion goes backwards
+    group: Group  # the one which holds the machines
+    bucket: Bucket  # the one which holds the files
+    arch: Literal["x64", "arm64"] = "x64"  # of the machines
+    price: float | None = None  # USD/h for all machines, where known
+
+
+class Cloud(Protocol):
+    """One account in one region of one cloud."""
+
+    def __init__(self, region: str) -> None:
+        """Take a generic or native region; raise ConfigurationError for an unknown one."""
+
+    def plan(self, task: Task) -> Plan:
+        """Say what the task needs, changing nothing; an identifier alone will do for deletion.
+
+        Raises ConfigurationError with every mistake in the machine's description.
+        """
+
+    def tasks(self) -> list[Lease]:
+        """List the tasks which exist in this region, found by their tags."""
+
+    @staticmethod
+    def rank() -> int:
+        """Which of its group's machines this one is, on the machine; 0 when it is alone."""
+
+    @staticmethod
+    def notice() -> Notice | None:
+        """Ask, on the machine and without an SDK, if the cloud will take it away.
+
+        Raises OSError when the metadata service doesn't answer.
+        """
+
+    def leave(self, identifier: Identifier) -> None:
+        """End this machine's part of the task, on the machine; the last thing that it does.
+
+        Other machines of the group are not touched; the last one takes everything with it that
+        costs money or is secret. Only logs and status stay, in the bucket.
+        """
+
+
+def load(name: str, region: str) -> Cloud:
+    """Import the named cloud, and no other."""
+    cloud: Cloud = import_module(f"{__name__}.{name}").Cloud(region)
+    return cloud
