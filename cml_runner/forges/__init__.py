@@ -1,0 +1,132 @@
+"""The git forges: every module here defines a class Forge and a class Agent."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from cml_runner.model import (
+        Command,
+        Credential,
+        Event,
+        Exited,
+        Job,
+        Package,
+        Registration,
+        Runner,
+    )
+
+NAMES = tuple(module.name for module in iter_modules(__path__))
+
+
+class Forge(Protocol):
+    """The runners of one repository, organisation or group.
+
+    Every method raises CredentialsError (which permission is missing) or NotFound (no such
+    repository); passing faults and rate limits are waited for and tried again inside.
+    """
+
+    job_limit: float  # seconds that the forge lets one job run
+
+    @property
+    def url(self) -> str:
+        """The full address of the repository, organisation or group."""
+
+    def __init__(self, url: str, credential: Credential, group: str = "") -> None:
+        """Take an address or a slug; send nothing. Raises ConfigurationError."""
+
+    @staticmethod
+    def detect(url: str, environment: Mapping[str, str]) -> str:
+        """Return the address to use if this is the right forge for it, else "".
+
+        An empty url stands for the repository whose CI job the environment describes.
+        """
+
+    def check(self) -> None:
+        """Make sure that our credential may register runners here, before money is spent."""
+
+    def runners(self) -> list[Runner]:
+        """List every runner that is registered."""
+
+    def register(
+        self, name: str, labels: Sequence[str], *, single: bool, arch: str
+    ) -> Registration:
+        """Make room for one more runner; an offline one of the same name is replaced.
+
+        Raises AlreadyExists if a runner of this name is online. With `single` the secret is
+        good for one job of one runner; otherwise it ceases to be valid soon after its use.
+        """
+
+    def unregister(self, runner: Runner) -> None:
+        """Remove a runner; absent is removed already. Raises JobRunning when it is busy."""
+
+    def retry(self, job: Job) -> bool:
+        """Run this job again, and only it; True once that is so, however often it is asked.
+
+        False: not yet, ask again later (its pipeline is still running, say).
+        Raises RunnerError when it never will.
+        """
+
+    def packages(self) -> list[Package]:
+        """The agent releases to install, one per architecture; none if it comes with us."""
+
+
+class Agent(Protocol):
+    """The forge's own runner program."""
+
+    def install(self, directory: Path, packages: Sequence[Package]) -> str:
+        """Put it there, its checksum verified, unless it is there; return its version.
+
+        Raises AgentFailed.
+        """
+
+    def command(self, directory: Path, registration: Registration) -> Command:
+        """Make it ready to take this registration, and say how to start it."""
+
+    def parse(self, line: str) -> Event | None:
+        """Understand one line of its output."""
+
+    def job(self, directory: Path, seen: Job) -> Job:
+        """Complete what its output said about the running job with what else it left behind."""
+
+    def exited(self, code: int) -> Exited:
+        """Say what its exit code means."""
+
+    def abort(self, pid: int) -> None:
+        """Make the running job fail at once, so that it can be run again, and take no other.
+
+        An agent which can't be told the latter is stopped as soon as the job has ended.
+        """
+
+    def stop(self, pid: int) -> None:
+        """Ask it to end; a running job is given up."""
+
+
+def load(name: str, url: str, credential: Credential, group: str = "") -> Forge:
+    """Import the named forge, and no other."""
+    forge: Forge = import_module(f"{__name__}.{name}").Forge(url, credential, group)
+    return forge
+
+
+def agent(name: str) -> Agent:
+    """Import the named forge's agent."""
+    found: Agent = import_module(f"{__name__}.{name}").Agent()
+    return found
+
+
+def detect(
+    url: str, environment: Mapping[str, str], names: Sequence[str] = NAMES
+) -> tuple[str, str]:
+    """Find the forge of an address, or of the CI job that the environment describes.
+
+    Returns its name and the address; the name is "" if no forge claims it.
+    """
+    for name in names:
+        if found := import_module(f"{__name__}.{name}").Forge.detect(url, environment):
+            return name, found
+    return "", url

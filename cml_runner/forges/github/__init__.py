@@ -1,0 +1,291 @@
+"""GitHub: github.com, *.ghe.com and Enterprise Server."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Literal, cast
+
+from cml_runner.errors import (
+    AgentFailed,
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    JobRunning,
+    NotFound,
+    RunnerError,
+)
+from cml_runner.forges.github import address, answers
+from cml_runner.forges.github.agent import SYSTEM_LABELS, Agent
+from cml_runner.forges.github.api import Api, Passing
+from cml_runner.model import Package, Registration, Runner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from cml_runner.model import Credential, Job
+
+__all__ = ["Agent", "Forge"]
+
+log = logging.getLogger(__name__)
+
+RELEASES = address.Address(address.DEFAULT, "actions/runner")
+PACKAGE = re.compile(r"actions-runner-linux-(x64|arm64)-(\d+(?:\.\d+)+)\.tar\.gz")
+DEFAULT_GROUP = 1  # https://docs.github.com/en/rest/actions/self-hosted-runner-groups
+MARGIN = timedelta(days=2)  # a version that GitHub will refuse so soon is refused already
+ATTEMPTS = 3  # to register, while others take the same name
+
+
+class Forge:
+    """The self-hosted runners of one repository, organisation or enterprise."""
+
+    job_limit = 432_000.0  # five days
+
+    def __init__(self, url: str, credential: Credential, group: str = "") -> None:
+        """Take an address; send nothing. Raises ConfigurationError."""
+        self._address = address.Address.parse(url)
+        self._api = Api(self._address, credential)
+        self._group = group
+        if self._address.kind == "repository" and group.lower() not in {"", "default"}:
+            msg = f"runner group {group!r}: only an organisation or an enterprise has groups"
+            raise ConfigurationError(msg)
+
+    @property
+    def url(self) -> str:
+        """The full address of the repository, organisation or enterprise."""
+        return self._address.url
+
+    @staticmethod
+    def detect(url: str, environment: Mapping[str, str]) -> str:
+        """Return the address to use if it is one on GitHub, else "".
+
+        An empty url stands for the repository whose workflow the environment describes.
+        """
+        return address.detect(url, environment)
+
+    def check(self) -> None:
+        """Make sure that our credential may register runners here.
+
+        It asks for a registration token and throws it away: nothing less proves it, since reading
+        the list of runners takes a lesser permission. Whether jobs may be re-run isn't checked.
+        """
+        self._api.ask("POST", self._path("registration-token"), answers.Token)
+
+    def runners(self) -> list[Runner]:
+        """List every runner that is registered."""
+        pages = self._api.pages(self._path(), answers.Runners)
+        return [_runner(item) for page in pages for item in page.runners]
+
+    def register(
+        self, name: str, labels: Sequence[str], *, single: bool, arch: str
+    ) -> Registration:
+        """Make room for one more runner; an offline one of the same name is replaced.
+
+        Raises AlreadyExists if a runner of this name is online, or if GitHub has yet to notice
+        that an offline one no longer runs its job. With `single` the runner is registered at once;
+        any other has an hour to register itself.
+        """
+        group, number = self._find_group()
+        labels = _unique([*SYSTEM_LABELS, arch.upper(), *labels])
+        self._make_room(name)
+        if single:
+            secret = self._register_single(name, labels, number)
+        else:
+            secret = self._api.ask("POST", self._path("registration-token"), answers.Token).token
+        return Registration(
+            url=self.url, name=name, labels=labels, single=single, secret=secret, group=group
+        )
+
+    def unregister(self, runner: Runner) -> None:
+        """Remove a runner; absent is removed already. Raises JobRunning when it is busy."""
+        with suppress(NotFound):
+            self._api.ask("DELETE", self._path(runner.id), object)
+
+    def retry(self, job: Job) -> bool:
+        """Run this job again, and only it (with the jobs that wait for it).
+
+        True once that is so, or if it succeeded after all. False while its run goes on, since
+        GitHub accepts a re-run only afterwards. Raises RunnerError when it never will.
+        """
+        root = self._find_run(job)
+        try:
+            return self._retry(root, job)
+        except JobRunning:
+            return False
+        except Passing as error:
+            log.warning("%s", error)
+            return False
+
+    def packages(self) -> list[Package]:
+        """The releases to install: what GitHub offers here, unless it is about to refuse them.
+
+        Raises AgentFailed if it is about to refuse all.
+        """
+        refused = ""
+        for find in (self._offered, self._newest):
+            found = find()
+            if found and not self._outdated(found[0].version):
+                return found
+            refused = found[0].version if found else refused
+        reason = f"it is about to refuse version {refused}" if refused else "it offers none"
+        msg = f"there is no runner program that {self._address.host} accepts: {reason}"
+        raise AgentFailed(msg)
+
+    def _path(self, rest: str = "") -> str:
+        return f"{self._address.prefix}/actions/runners/{rest}".removesuffix("/")
+
+    # Registration
+
+    def _find_group(self) -> tuple[str, int]:
+        """Translate the group's name. Raises ConfigurationError if there is no such group."""
+        if self._group.lower() in {"", "default"}:
+            return "", DEFAULT_GROUP
+        pages = self._api.pages(f"{self._address.prefix}/actions/runner-groups", answers.Groups)
+        groups = [group for page in pages for group in page.runner_groups]
+        for group in groups:
+            if group.name.lower() == self._group.lower():
+                return group.name, group.id
+        names = ", ".join(group.name for group in groups)
+        msg = f"there is no runner group {self._group!r} at {self.url}; there are: {names}"
+        raise ConfigurationError(msg)
+
+    def _make_room(self, name: str) -> None:
+        """See to it that no runner has this name. Raises AlreadyExists if one is online."""
+        pages = self._api.pages(self._path(), answers.Runners, name=name)
+        for item in [item for page in pages for item in page.runners]:
+            if item.name.lower() != name.lower():  # older servers ignore the filter
+                continue
+            if item.status == "online":
+                msg = f"a runner called {name} is online at {self.url}: choose another --name"
+                raise AlreadyExists(msg)
+            log.info("replacing the offline runner %s", name)
+            try:
+                self.unregister(_runner(item))
+            except JobRunning as error:
+                msg = f"a runner called {name} was lost, but GitHub waits for its job: {error}"
+                raise AlreadyExists(msg) from error
+
+    def _register_single(self, name: str, labels: Sequence[str], group: int) -> str:
+        """Register a runner whose name, if it is taken, is taken by one of which nobody knows.
+
+        That is one whose registration succeeded while GitHub's answer got lost.
+        """
+        body = {"name": name, "labels": labels, "runner_group_id": group, "work_folder": "_work"}
+        path = self._path("generate-jitconfig")
+        for _ in range(ATTEMPTS - 1):
+            with suppress(AlreadyExists):
+                return self._api.ask("POST", path, answers.JustInTime, body).encoded_jit_config
+            self._make_room(name)
+        return self._api.ask("POST", path, answers.JustInTime, body).encoded_jit_config
+
+    # Running a job again
+
+    def _find_run(self, job: Job) -> str:
+        """Find the path of a job's run, which must be ours: a job can lie about where it ran."""
+        match = re.fullmatch(r"(([\w-]+)/[\w.-]+)/actions/runs/\d+", job.pipeline)
+        if not match or job.attempt < 1:
+            msg = f"nobody knows which run {job.name!r} was part of: run it again by hand"
+            raise RunnerError(msg)
+        ours = {"organization": match[2], "repository": match[1]}.get(self._address.kind)
+        if ours and ours.lower() != self._address.path.lower():
+            msg = f"{job.name!r} claims to be a job of {match[1]}, which isn't in {self.url}"
+            raise RunnerError(msg)
+        return f"/repos/{job.pipeline}"
+
+    def _retry(self, root: str, job: Job) -> bool:
+        run = self._api.ask("GET", root, answers.Run, needs="job")
+        last = ran = _executed(self._jobs(root, job.attempt), job)
+        if ran.conclusion == "success":
+            return True
+        if run.run_attempt > job.attempt:
+            namesakes = [one for one in self._jobs(root, run.run_attempt) if one.name == ran.name]
+            carried = [one for one in namesakes if ran.is_carried(one)]
+            if namesakes and not carried:
+                return True
+            last = (carried or [ran])[0]  # only jobs of the latest attempt can be run again
+        if run.status != "completed":
+            return False
+        path = root.replace(root[root.index("/runs/") :], f"/jobs/{last.id}/rerun")
+        self._api.ask("POST", path, object, needs="job")
+        return True
+
+    def _jobs(self, root: str, attempt: int) -> list[answers.Job]:
+        pages = self._api.pages(f"{root}/attempts/{attempt}/jobs", answers.Jobs, needs="job")
+        return [job for page in pages for job in page.jobs]
+
+    # The runner program
+
+    def _offered(self) -> list[Package]:
+        found = self._api.ask("GET", self._path("downloads"), list[answers.Download])
+        return _packages((one.filename, one.download_url, one.sha256_checksum) for one in found)
+
+    def _newest(self) -> list[Package]:
+        path = "/repos/actions/runner/releases/latest"
+        try:  # a server of one's own may have a copy
+            release = self._api.ask("GET", path, answers.Release)
+        except (NotFound, CredentialsError):  # its credential is none of github.com's business
+            release = Api(RELEASES).ask("GET", path, answers.Release)
+        sums = release.checksums
+        return _packages(
+            (one.name, one.browser_download_url, sums.get(one.platform, ""))
+            for one in release.assets
+        )
+
+    def _outdated(self, version: str) -> bool:
+        """Ask if a version will soon be refused; servers which don't know never refuse any."""
+        try:
+            path = self._path(f"deprecations/{version}")
+            end = self._api.ask("GET", path, answers.Deprecation).soonest
+        except (NotFound, CredentialsError):
+            return False
+        return bool(end and end - datetime.now(timezone.utc) < MARGIN)
+
+
+def _runner(item: answers.Runner) -> Runner:
+    return Runner(
+        id=str(item.id),
+        name=item.name,
+        labels=frozenset(label.name for label in item.labels),
+        online=item.status == "online",
+        busy=item.busy,
+    )
+
+
+def _unique(labels: Sequence[str]) -> tuple[str, ...]:
+    """Drop what is there already; to GitHub labels are the same in any case."""
+    found: dict[str, str] = {}
+    for label in labels:
+        found.setdefault(label.lower(), label)
+    return tuple(found.values())
+
+
+def _executed(jobs: Sequence[answers.Job], job: Job) -> answers.Job:
+    """Find the job among those of its attempt: by its runner, and by name if that ran several.
+
+    Raises RunnerError if it isn't there.
+    """
+    on_runner = [one for one in jobs if job.runner and one.runner_name == job.runner]
+    named = [one for one in on_runner or jobs if one.name == job.name]
+    found = named or on_runner
+    if not found:
+        msg = f"attempt {job.attempt} of {job.pipeline} has no job {job.name!r}"
+        raise RunnerError(msg)
+    return max(found, key=lambda one: one.started_at or "")
+
+
+def _packages(files: Iterable[tuple[str, str, str]]) -> list[Package]:
+    """Choose what is for Linux; none at all if one of them has no checksum."""
+    found = [(match, url, sha) for name, url, sha in files if (match := PACKAGE.fullmatch(name))]
+    if not all(sha for _, _, sha in found):
+        return []
+    return [
+        Package(
+            version=match[2],
+            arch=cast("Literal['x64', 'arm64']", match[1]),
+            url=url,
+            sha256=sha.lower(),
+        )
+        for match, url, sha in found
+    ]
