@@ -1,0 +1,77 @@
+"""The machine around the agent: its startup script, its cloud's notices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from cml_runner.errors import RunnerError
+from cml_runner.supervise.process import scrubbed
+
+if TYPE_CHECKING:
+    import queue
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cml_runner.model import Event, Notice
+
+log = logging.getLogger(__name__)
+
+TICK = 1  # second between two looks at the cloud's notices
+
+
+def arch() -> str:
+    """Say which of the forges' packages fit: x64 or arm64."""
+    return "arm64" if platform.machine() in ("aarch64", "arm64") else "x64"
+
+
+def startup(script: str, directory: Path) -> None:
+    """Run what the user wants to be run first. Raises RunnerError if it fails."""
+    if not script:
+        return
+    log.info("running the startup script")
+    path = directory / "startup"
+    path.write_text(script)
+    path.chmod(0o700)
+    command = [str(path)] if script.startswith("#!") else ["/bin/sh", str(path)]
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=directory,
+        env=scrubbed(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    for line in done.stdout.splitlines():
+        log.info("| %s", line)
+    if done.returncode:
+        msg = f"the startup script failed with exit code {done.returncode}"
+        raise RunnerError(msg)
+
+
+def poll(notice: Callable[[], Notice | None], events: queue.Queue[Event]) -> None:
+    """Turn the cloud's interruption notice into an event, in a thread of its own."""
+
+    def ask() -> None:
+        silent = False
+        while True:
+            try:
+                if found := notice():
+                    events.put(found)
+                    return
+                silent = False
+            except OSError as error:
+                if not silent:
+                    log.warning("no answer from the metadata service: %s", error)
+                silent = True
+            time.sleep(TICK)
+
+    threading.Thread(target=ask, name="notices", daemon=True).start()
