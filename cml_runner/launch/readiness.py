@@ -1,0 +1,118 @@
+"""Wait until the forge says that new runners are online, or until it's clear that they won't be."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from cml_runner import errors, store, times
+from cml_runner.errors import CredentialsError, NoCapacity, NotReady, RunnerError
+from cml_runner.model import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cml_runner.clouds import Plan
+    from cml_runner.forges import Forge
+    from cml_runner.launch.options import Order
+
+log = logging.getLogger(__name__)
+
+PAUSE = 0.2  # seconds between two looks at the bucket …
+ASK = 3  # … and between two questions to the forge and to the cloud, which count our calls
+FATAL: dict[str, type[RunnerError]] = {
+    "capacity": NoCapacity,
+    "quota": NoCapacity,
+    "permission": CredentialsError,
+    "image": NotReady,
+}
+CRASHES = 2  # of new machines, before we give up
+TAIL = 10  # lines of the machine's log to show on trouble
+
+
+def wait(
+    order: Order, plan: Plan, forge: Forge, tell: Callable[[str], None], *, guest: bool = False
+) -> None:
+    """Return when all runners are online. Raises NotReady, or the reason why they never will be.
+
+    A guest waits for somebody else's launch, which may be given up.
+    """
+    Wait(order, plan, forge, tell, guest).run()
+
+
+class Wait:
+    """One launch, from the last call to the cloud until its runners are online."""
+
+    def __init__(
+        self, order: Order, plan: Plan, forge: Forge, tell: Callable[[str], None], guest: bool
+    ) -> None:
+        self.order, self.plan, self.forge, self.tell = order, plan, forge, tell
+        self.guest = guest
+        self.bucket = store.Store(plan.bucket.url)
+        self.asked = 0.0
+        self.seen = 0  # events
+
+    def run(self) -> None:
+        """Look again and again."""
+        end = time.monotonic() + self.order.wait_timeout
+        while not self._ready():
+            if time.monotonic() > end:
+                state = self._progress(self._statuses())
+                patience = times.text(self.order.wait_timeout)
+                msg = f"no runner was online within {patience} ({state}){self._tail()}"
+                raise NotReady(msg)
+            time.sleep(PAUSE)
+
+    def _ready(self) -> bool:
+        statuses = self._statuses()
+        self.tell(self._progress(statuses))
+        for one in statuses:
+            if one and one.state == "failed":
+                raise errors.by_code(one.code)(f"{one.runner}: {one.reason}{self._tail()}")
+        if time.monotonic() > self.asked + ASK:
+            self.asked = time.monotonic()
+            self._events()
+        running = [one.runner for one in statuses if one and one.state in ("ready", "busy")]
+        over = [one for one in statuses if one and one.state == "ended"]
+        if len(running) + len(over) < self.order.count:
+            self._given_up()
+            return False
+        # Only now: a name that is online while our machine still boots is somebody else's.
+        online = {one.name for one in self.forge.runners() if one.online}
+        return set(running) <= online
+
+    def _given_up(self) -> None:
+        if self.guest and self.bucket.read(store.SETTINGS) is None:
+            msg = f"the launch of {self.order.name} was given up by who began it: try again"
+            raise NotReady(msg)
+
+    def _statuses(self) -> list[Status | None]:
+        ranks = range(self.order.count)
+        return [self.bucket.load(store.status(rank), Status) for rank in ranks]
+
+    def _progress(self, statuses: list[Status | None]) -> str:
+        states = [one.state if one else "booting" for one in statuses]
+        parts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+        return states[0] if self.order.count == 1 else ", ".join(parts)
+
+    def _events(self) -> None:
+        events = self.plan.group.events()
+        crashes = 0
+        for event in events:
+            crashes += event.kind == "error"
+            if event.kind in FATAL:
+                raise FATAL[event.kind](event.message)
+            if crashes == CRASHES:
+                msg = f"machines die as they start: {event.message}{self._tail()}"
+                raise NotReady(msg)
+        for event in events[self.seen :]:
+            log.info("%s", event.message)
+        self.seen = len(events)
+
+    def _tail(self) -> str:
+        """The last lines of the first machine that has any to show."""
+        for rank in range(self.order.count):
+            if lines := self.bucket.log(rank).splitlines()[-TAIL:]:
+                return "\n  " + "\n  ".join(lines)
+        return ""
