@@ -1,0 +1,45 @@
+"""Tell the CI job that launched a runner what became of it, in the CI's own ways."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("name", "id", "cloud", "region", "instanceType", "spot", "labels", "repo", "expires")
+
+
+def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Write a GitHub step's outputs and summary, where there is such a thing."""
+    if output := environment.get("GITHUB_OUTPUT"):
+        _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    if summary := environment.get("GITHUB_STEP_SUMMARY"):
+        rows = "".join(f"| {key} | {_cell(fields[key])} |\n" for key in SHOWN)
+        _append(summary, f"### cml-runner\n\n| | |\n| --- | --- |\n{rows}\n")
+
+
+def _output(key: str, value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    end = f"end-{secrets.token_hex(8)}"  # a value can't contain what nobody knows
+    return f"{key}<<{end}\n{text}\n{end}\n"
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _append(path: str, text: str) -> None:
+    """Add to a file; a launch that succeeded doesn't fail for want of it."""
+    try:
+        with Path(path).open("a") as file:
+            file.write(text)
+    except OSError as error:
+        log.warning("can't write %s: %s", path, error.strerror)

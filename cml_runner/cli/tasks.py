@@ -1,0 +1,208 @@
+"""The commands for what has been launched: list, show, logs, interrupt, destroy, gc."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cml_runner import times
+from cml_runner.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from cml_runner.access import Access
+
+COLUMNS = ("id", "name", "cloud", "region", "states", "jobs", "age", "left")
+
+
+@click.command("list", context_settings=options.SETTINGS)
+@options.place
+@options.common
+def list_(cloud: str, cloud_region: str, output: str) -> None:
+    """List what is there, of all clouds or of one."""
+    from cml_runner import inventory
+
+    rows = [inventory.row(found) for found in inventory.tasks(cloud, cloud_region)]
+    if output == "json":
+        options.echo_json(rows)
+    elif rows:
+        _table(COLUMNS, [_with_times(row) for row in rows])
+    else:
+        click.echo("nothing is there", err=True)
+
+
+@click.command("show", context_settings=options.SETTINGS)
+@click.argument("identifier", metavar="ID|NAME")
+@options.place
+@options.common
+def show_(identifier: str, cloud: str, cloud_region: str, output: str) -> None:
+    """Show all that is known of one: machines, jobs, events."""
+    from cml_runner import inventory
+
+    details = inventory.details(inventory.find(identifier, cloud, cloud_region))
+    if output == "json":
+        options.echo_json(details)
+        return
+    for key, value in details.items():
+        if not isinstance(value, list) or key == "jobs":
+            click.echo(f"{key:9} {_plain(value)}")
+    for key in ("instances", "machines", "events"):
+        if details[key]:
+            click.echo(f"\n{key}")
+            _table(tuple(details[key][0]), details[key])
+
+
+@click.command("logs", context_settings=options.SETTINGS)
+@click.argument("identifier", metavar="ID|NAME")
+@options.option("-f", "--follow", is_flag=True, help="Go on until the runner is over.")
+@options.place
+@options.common
+def logs_(identifier: str, cloud: str, cloud_region: str, output: str, *, follow: bool) -> None:
+    """Print what its machines have logged, also after they are gone."""
+    from cml_runner import inventory
+
+    found = inventory.find(identifier, cloud, cloud_region)
+    several = len(found.bucket.ranks()) > 1
+    for rank, text in inventory.logs(found, follow=follow):
+        for line in text.splitlines():
+            if output == "json":
+                options.echo_json({"rank": rank, "line": line})
+            else:
+                click.echo(f"{rank}| {line}" if several else line)
+
+
+@click.command("interrupt", context_settings=options.SETTINGS)
+@click.argument("identifier", metavar="ID|NAME")
+@options.option("--instance", help="Which machine.  [default: the first that runs]")
+@options.option(
+    "--after", default="120", metavar="DURATION", help="Time between the notice and the end."
+)
+@options.place
+@options.common
+def interrupt_(
+    identifier: str, instance: str, after: str, cloud: str, cloud_region: str, output: str
+) -> None:
+    """Take a spot machine away as its cloud would, to see what happens then."""
+    from cml_runner import inventory
+
+    found = inventory.find(identifier, cloud, cloud_region)
+    inventory.interrupt(found, instance, times.seconds(after))
+    if output == "json":
+        options.echo_json({"id": str(found.id), "after": times.seconds(after)})
+    else:
+        click.echo(f"{found.id}: a machine has {times.text(times.seconds(after))} left", err=True)
+
+
+@click.command("destroy", context_settings=options.SETTINGS)
+@click.argument("identifiers", metavar="ID|NAME…", nargs=-1, required=True)
+@options.place
+@options.forge
+@options.common
+def destroy_(
+    identifiers: Sequence[str], cloud: str, cloud_region: str, output: str, **values: Any
+) -> None:
+    """End runners at once, with all that belongs to them, their logs included.
+
+    Given the repository and a token, what is still registered is taken off the forge too.
+    """
+    from cml_runner import inventory
+
+    several = [inventory.find(text, cloud, cloud_region) for text in identifiers]
+    inventory.destroy(several, _access(values))
+    names = [str(found.id) for found in several]
+    if output == "json":
+        options.echo_json({"destroyed": names})
+    else:
+        click.echo("\n".join(f"{name}: destroyed" for name in names), err=True)
+
+
+@click.command("gc", context_settings=options.SETTINGS)
+@options.option(
+    "--older-than",
+    default="never",
+    metavar="DURATION",
+    help="Also remove what has been there for so long, whatever its deadline.",
+)
+@options.option("--dry-run", is_flag=True, help="Say what would be removed; change nothing.")
+@options.place
+@options.forge
+@options.common
+def gc_(
+    older_than: str, cloud: str, cloud_region: str, output: str, *, dry_run: bool, **values: Any
+) -> None:
+    """Remove what is past its deadline, and what launches that died have left behind.
+
+    Given the repository and a token, on the forge too. Safe in cron: what is being launched, or
+    within its time, is never touched.
+    """
+    from cml_runner import inventory
+
+    age = times.seconds(older_than)
+    several = inventory.expired(inventory.tasks(cloud, cloud_region), age)
+    if not dry_run:
+        inventory.destroy(several, _access(values))
+    names = [str(found.id) for found in several]
+    if output == "json":
+        options.echo_json({"removed": [] if dry_run else names, "found": names})
+    else:
+        verb = "would be removed" if dry_run else "removed"
+        click.echo("\n".join(f"{name}: {verb}" for name in names) or "nothing to remove", err=True)
+
+
+def _access(values: Mapping[str, Any]) -> Callable[[], Access | None]:
+    """Speak to the forge only if there is something to do there and we were told how."""
+
+    @cache
+    def find() -> Access | None:
+        from cml_runner import access
+
+        if not values["repo"]:
+            return None
+        return access.find(options.asked(values), os.environ)
+
+    return find
+
+
+def _with_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Add how long it has been there, and how long it may be."""
+    now = datetime.now(timezone.utc)
+    age = now - datetime.fromisoformat(row["created"])
+    left = datetime.fromisoformat(row["expires"]) - now if row["expires"] else None
+    return {
+        **row,
+        "age": times.text(age.total_seconds()),
+        "left": times.text(max(0, left.total_seconds())) if left else "for ever",
+    }
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table on a terminal, and lines of tab-separated values elsewhere."""
+    import sys
+
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(_plain(row[column]) for column in columns))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(_plain(row[column]) for column in columns))
+    Console().print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(
+            f"{count} {state}" if isinstance(count, int) else f"{state}={count}"
+            for state, count in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
