@@ -1,0 +1,1 @@
+"""The tests: a mirror of cml_runner/, and the far side in lab/."""

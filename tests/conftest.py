@@ -1,0 +1,121 @@
+"""What every test can count on: a clean environment, a home of its own, and no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from pytest_socket import socket_allow_hosts
+
+from cml_runner import steps
+from cml_runner.clouds.local import Cloud
+from cml_runner.model import Task
+from tests.worlds import World, worlds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+KEPT = ("PATH", "LANG", "TZ", "TMPDIR", "USER", "LOGNAME", "SHELL", "TERM", "PYTHONPATH")
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing of the machine or of the CI job that runs the tests leak into them."""
+    for name in os.environ:
+        if not name.startswith(("LC_", "PYTEST_", "LAB_")) and name not in KEPT:
+            monkeypatch.delenv(name)
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("CML_RUNNER_HOME", str(home / ".cml-runner"))
+
+
+@pytest.fixture(autouse=True)
+def _network() -> Iterator[None]:
+    """Refuse every connection but those to this machine."""
+    socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
+    yield
+    socket_allow_hosts(None)
+
+
+@pytest.fixture
+def home() -> Path:
+    """Where cml-runner keeps its things in this test."""
+    return Path(os.environ["CML_RUNNER_HOME"])
+
+
+@dataclass
+class Cli:
+    """The real program, in processes of its own; none of them outlives the test."""
+
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(
+        self, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cml_runner", *arguments],
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.running.append(process)
+        return process
+
+    def run(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, code: int = 0
+    ) -> Done:
+        process = self.start(*arguments, environment=environment)
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == code, f"exit code {process.returncode}: {err}"
+        return Done(out, err)
+
+
+@dataclass(frozen=True)
+class Done:
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(home: Path) -> Iterator[Cli]:
+    found = Cli()
+    yield found
+    for process in found.running:
+        process.kill()
+        process.communicate()
+    for region in (home / "local").glob("*/"):
+        for lease in Cloud(str(region)).tasks():
+            steps.delete(Cloud(str(region)).plan(Task(id=lease.id)).resources)
+    assert processes_of(home) == [], "processes are left behind"
+
+
+def processes_of(home: Path, *words: str) -> list[psutil.Process]:
+    """List what runs in this home (machines, agents, jobs, keepers), and has these arguments."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            own = process.environ().get("CML_RUNNER_HOME") == str(home)
+            marked = process.environ().get("LOCAL_CLOUD_MACHINE", "").startswith(str(home))
+            fits = all(word in process.cmdline() for word in words)
+            if (own or marked) and fits and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+@pytest.fixture(params=["local", "github"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    yield from worlds(request.param, tmp_path)

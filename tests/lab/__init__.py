@@ -1,0 +1,1 @@
+"""The far side: stand-ins for the services and programs that the product talks to."""

@@ -1,0 +1,139 @@
+"""README.md tells all that there is, and nothing that isn't."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+from cml_runner import errors
+from cml_runner.cli import COMMANDS, cli
+from cml_runner.launch.options import Options
+
+ROOT = Path(__file__).parent.parent
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+
+
+@cache
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+@cache
+def tables() -> list[list[str]]:
+    """The rows of all tables, split into cells."""
+    lines = [line for line in readme().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def spans(text: str) -> list[str]:
+    """The pieces of code in a text."""
+    return re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+
+
+def invocations() -> list[list[str]]:
+    """The words which follow our program's name in every piece of code, line by line."""
+    code = [*FENCED.findall(readme()), *spans(readme())]
+    found = re.findall(r"cml-runner +([a-z-][^\n#&|;]*)", "\n".join(code))
+    return [line.split() for line in found]
+
+
+@cache
+def commands() -> dict[str, click.Command]:
+    context = click.Context(cli)
+    found = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    return {name: command for name, command in found.items() if command}
+
+
+def options(name: str) -> list[click.Option]:
+    return [one for one in commands()[name].params if isinstance(one, click.Option)]
+
+
+def flags(name: str) -> set[str]:
+    return {flag for one in options(name) for flag in (*one.opts, *one.secondary_opts)}
+
+
+def kinds() -> list[type[errors.RunnerError]]:
+    found = [one for one in vars(errors).values() if isinstance(one, type)]
+    return [one for one in found if issubclass(one, errors.RunnerError)]
+
+
+def test_there_are_commands() -> None:
+    assert commands().keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name: str) -> None:
+    assert commands()[name].help
+    assert [one.name for one in options(name) if not one.help] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_is_in_the_readme(name: str) -> None:
+    known = {flag for row in tables() for span in spans(" ".join(row)) for flag in span.split()}
+    assert sorted(flags(name) - known) == []
+    assert name in known or f"### {name}\n" in readme()
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    existing = {"--help", "--version"}.union(*map(flags, commands()))
+    told = {flag for span in spans(readme()) for flag in FLAG.findall(span)}
+    assert len(told) > 50
+    assert sorted(told - existing) == []
+
+
+def test_every_command_line_in_the_readme_is_valid() -> None:
+    assert len(invocations()) > 5
+    for words in invocations():
+        if words[0] in ("--version", "--help"):
+            continue
+        assert words[0] in commands(), words
+        given = {word.partition("=")[0] for word in words if FLAG.match(word)}
+        assert given <= flags(words[0]), words
+
+
+def test_defaults_are_those_in_the_readme() -> None:
+    told = {flag: row[1] for row in tables() for flag in spans(row[0]) if len(row) == 3}
+    defaults = {one.opts[0]: one.default for one in options("launch")}
+    shown = {flag: default for flag, default in defaults.items() if isinstance(default, str)}
+    assert {flag: told[flag] for flag, default in shown.items() if default} == {
+        flag: default for flag, default in shown.items() if default
+    }
+
+
+def test_options_of_launch_are_those_of_the_command() -> None:
+    """Who calls launch from Python and who calls it from a shell gets the same."""
+    command = commands()["launch"]
+    context = click.Context(command)
+    values = {
+        str(one.name): one.process_value(context, one.get_default(context))
+        for one in command.params
+        if one.expose_value and one.name != "output"
+    }
+    assert values == asdict(Options())
+
+
+def test_exit_codes_in_the_readme() -> None:
+    rows = {row[0]: row[1].partition(":")[0] for row in tables() if row[0].isdigit()}
+    assert rows.pop("0")
+    assert rows == {str(kind.exit_code): kind.__name__ for kind in kinds()}
+    assert len(rows) == len(kinds()), "two kinds of error have the same code"
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_exit_codes_elsewhere(kind: type[errors.RunnerError]) -> None:
+    assert re.search(rf"\b{kind.exit_code} [a-z]", cli.help or "")
+    if kind is not errors.RunnerError:
+        assert re.search(rf"── {kind.__name__} +{kind.exit_code} ", errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", ["README.md", ".github/CONTRIBUTING.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    file = ROOT / name
+    links = re.findall(r"\]\(([^)#:]+)[^):]*\)", file.read_text())
+    assert [link for link in links if not (file.parent / link).exists()] == []

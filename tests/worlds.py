@@ -1,0 +1,123 @@
+"""A forge with a repository, for the scenes of a runner's whole life: one class for each forge."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from cml_runner.forges.local import Forge
+from cml_runner.wait import until
+from tests.lab.github import GitHub, WorkflowJob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A job in its latest attempt."""
+
+    state: str  # queued, running, succeeded, failed, cancelled
+    attempt: int
+    runner: str
+    log: str
+
+
+class World(Protocol):
+    """What a scene needs of a forge."""
+
+    @property
+    def repo(self) -> str: ...
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """For the launcher: the token."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]: ...
+    def submit(self, name: str, script: str, label: str = "cml") -> None: ...
+    def job(self, name: str) -> Seen: ...
+    def runners(self) -> dict[str, bool]:
+        """Names of all registered runners, and whether they are online."""
+
+    def leave_alone(self) -> None:
+        """End."""
+
+
+def wait(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
+    until(condition, what, timeout, 0.05)
+
+
+class Local:
+    """A directory."""
+
+    environment: Mapping[str, str] = {"REPO_TOKEN": "not-a-real-t0ken"}
+    secrets = ("not-a-real-t0ken",)
+
+    def __init__(self, root: Path) -> None:
+        (root / "forge").mkdir()
+        self.forge = Forge(str(root / "forge"))
+        self.repo = self.forge.url
+
+    def submit(self, name: str, script: str, label: str = "cml") -> None:
+        self.forge.submit(name, f"#!/bin/sh\n{script}", (label,))
+
+    def job(self, name: str) -> Seen:
+        found = next(one for one in self.forge.jobs() if one.job.name == name)
+        log = ""
+        with suppress(FileNotFoundError):  # not there yet, or just being moved
+            log = found.log.read_text()
+        return Seen(found.state, found.attempt, found.runner, log)
+
+    def runners(self) -> dict[str, bool]:
+        return {one.name: one.online for one in self.forge.runners()}
+
+    def leave_alone(self) -> None:
+        return
+
+
+class OnGitHub:
+    """The fake of tests/lab."""
+
+    STATES: Mapping[str | None, str] = {
+        None: "failed",
+        "success": "succeeded",
+        "failure": "failed",
+        "cancelled": "cancelled",
+    }
+
+    def __init__(self) -> None:
+        self.github = GitHub().__enter__()
+        self.github.poll, self.github.offline_after, self.github.lost_after = 0.5, 2, 3
+        self.github.add_repository("acme/model")
+        token = self.github.add_token("repo", "workflow")
+        self.repo = f"{self.github.url}/acme/model"
+        self.environment = {"REPO_TOKEN": token, "CML_RUNNER_DRIVER": "github"}
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.environment["REPO_TOKEN"], *self.github.registrations)
+
+    def submit(self, name: str, script: str, label: str = "cml") -> None:
+        self.github.add_run("acme/model", [WorkflowJob(name, ("self-hosted", label), script)])
+
+    def job(self, name: str) -> Seen:
+        found = self.github.job(name)
+        state = {"completed": self.STATES[found.conclusion], "in_progress": "running"}
+        return Seen(
+            state.get(found.status, "queued"), found.attempt, found.runner_name or "", found.log
+        )
+
+    def runners(self) -> dict[str, bool]:
+        return {one.name: one.online for one in self.github.runners()}
+
+    def leave_alone(self) -> None:
+        self.github.__exit__()
+
+
+def worlds(name: str, root: Path) -> Iterator[World]:
+    """Open one, and close it."""
+    world: World = Local(root) if name == "local" else OnGitHub()
+    yield world
+    world.leave_alone()
