@@ -1,22 +1,220 @@
-"""The first script that a new machine runs: it starts our supervisor, which does the rest."""
+"""The first script that a new machine runs: it starts our supervisor, which does the rest.
+
+Nothing secret is in it: whoever may read a machine's metadata, its user data or its disk learns
+where the settings are, not what is in them.
+"""
 
 from __future__ import annotations
 
+import re
+from datetime import timezone
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from cml_runner.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
-TEMPLATE = """\
+    from cml_runner.model import Program
+
+LIMIT = 16 * 1024  # bytes of user data: the least that a cloud takes, which is EC2
+FAILED = "cml-runner: bootstrap failed"  # what the console says then, and the reason
+UV = "https://github.com/astral-sh/uv/releases/download/0.11.12/uv-{}-unknown-linux-gnu.tar.gz"
+UV_SHA256 = {
+    "x86_64": "9acdecddacba550ee616c02bb4616d894352022550c5977524556fd5077ce1d4",
+    "aarch64": "d6e3e5183e71bbd40400da3d2913743cefb98835d8312a5e7908c33865597515",
+}
+PATIENCE = 15  # minutes for the whole script
+
+READY = """\
 #!/bin/sh
 exec {command} {url}
 """
 
+# Whatever ends the supervisor ends the machine, and nothing outlives the deadline: init sees to it.
+UNITS = """\
+cat >/etc/systemd/system/cml-runner.service <<'END'
+[Unit]
+Description=Supervisor of a CI runner
+After=network-online.target
+Wants=network-online.target
+SuccessAction=poweroff-force
+FailureAction=poweroff-force
 
-def script(url: str, command: Sequence[str]) -> str:
-    """Write the script, for machines which have our program already.
+[Service]
+ExecStart=/opt/cml-runner/bin/python -m cml_runner.supervise {unit_url}
+Environment=HOME=/root LANG=C.UTF-8
+WorkingDirectory=/root
+UMask=0077
+OOMScoreAdjust=-900
+KillMode=mixed
+TimeoutStopSec=100
+StandardOutput=journal+console
+StandardError=inherit
 
-    The URL says where the settings are; nothing secret is in it.
+[Install]
+WantedBy=multi-user.target
+END
+"""
+
+DEADLINE = """\
+step='the deadline has passed already'
+[ "$(date +%s)" -lt {epoch} ]
+step='setting the deadline'
+cat >/etc/systemd/system/cml-runner-deadline.service <<'END'
+[Service]
+Type=oneshot
+ExecStart=/bin/systemctl --force poweroff
+END
+cat >/etc/systemd/system/cml-runner-deadline.timer <<'END'
+[Timer]
+OnCalendar={calendar} UTC
+AccuracySec=1s
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+END
+systemctl daemon-reload
+systemctl enable --now cml-runner-deadline.timer
+"""
+
+MACHINE = """\
+#!/bin/sh
+# Prepares this machine for cml-runner {version}, and starts its supervisor.
+set -eu
+umask 022
+export HOME=/root LANG=C.UTF-8 UV_NATIVE_TLS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1
+log=/var/log/cml-runner-bootstrap.log
+step=beginning
+exec >"$log" 2>&1
+
+failed() {{
+  trap - EXIT
+  for console in /dev/console /dev/ttyS0; do
+    {{ echo "{failed}: $step"; tail -n 20 "$log"; }} 2>/dev/null >"$console" || true
+  done
+  sync
+  sleep 2
+  systemctl --force poweroff || poweroff -f
+}}
+trap failed EXIT
+(sleep {patience}m; step='not done within {patience} minutes'; failed) &
+watch=$!
+
+{deadline}
+step='stopping automatic upgrades'
+systemctl mask --now apt-daily.timer apt-daily-upgrade.timer unattended-upgrades.service || true
+
+installed() {{
+  /opt/cml-runner/bin/python -c \\
+    'import sys, cml_runner; sys.exit(cml_runner.__version__ != sys.argv[1])' {version}
+}}
+if ! installed; then
+  step='downloading uv'
+  rm -rf /opt/cml-runner
+  mkdir -p /opt/cml-runner-uv
+  case "$(uname -m)" in
+    x86_64) url={uv_x64} sha256={sha256_x64} ;;
+    aarch64) url={uv_arm64} sha256={sha256_arm64} ;;
+  esac
+  # Python is wherever cloud-init is; curl and wget aren't.
+  python3 - "$url" "$sha256" <<'END'
+import hashlib, io, sys, tarfile, time, urllib.request
+url, sha256 = sys.argv[1:]
+for pause in (1, 2, 5, 10, 20, 30, 0):
+    try:
+        content = urllib.request.urlopen(url, timeout=60).read()
+        break
+    except OSError as error:
+        print(url, error, flush=True)
+        if not pause:
+            raise
+        time.sleep(pause)
+if hashlib.sha256(content).hexdigest() != sha256:
+    sys.exit(f"{{url}} isn't what it should be: its SHA-256 is another")
+archive = tarfile.open(fileobj=io.BytesIO(content))
+(member,) = (one for one in archive if one.name.endswith("/uv"))
+with open("/opt/cml-runner-uv/uv", "wb") as file:
+    file.write(archive.extractfile(member).read())
+END
+  chmod 755 /opt/cml-runner-uv/uv
+  step='installing cml-runner'
+  for pause in 2 10 30 0; do
+    /opt/cml-runner-uv/uv venv --quiet --allow-existing --python '>=3.10' /opt/cml-runner &&
+      /opt/cml-runner-uv/uv pip install --quiet --python /opt/cml-runner/bin/python \\
+        {index}{requirement} && break
+    [ "$pause" != 0 ]
+    sleep "$pause"
+  done
+  rm -rf /opt/cml-runner-uv
+fi
+
+step='starting the supervisor'
+{units}
+systemctl daemon-reload
+systemctl enable cml-runner.service
+systemctl start --no-block cml-runner.service
+trap - EXIT
+kill "$watch" || true
+"""
+
+
+def ready(url: str, command: Sequence[str]) -> str:
+    """Write the script for machines which have our program already; the URL names the settings."""
+    return READY.format(command=" ".join(map(quote, command)), url=quote(url))
+
+
+def machine(url: str, program: Program, expires: datetime | None) -> str:
+    """Write the script for a machine of a cloud, which cloud-init runs once, as root.
+
+    It installs exactly this version unless the image has it, in /opt/cml-runner, starts the
+    supervisor as a service and arms a timer for the deadline. Whatever fails, the reason is
+    written to the console and the machine powers itself off.
+
+    Raises ConfigurationError if the script is longer than LIMIT or would tell a secret.
     """
-    return TEMPLATE.format(command=" ".join(map(quote, command)), url=quote(url))
+    for what in (program.requirement, program.index, program.uv):
+        _must_be_public(what)
+    given, _, sha256 = program.uv.partition("#sha256=")
+    archives = {
+        arch: (given or UV.format(arch), sha256 if given else UV_SHA256[arch]) for arch in UV_SHA256
+    }
+    text = MACHINE.format(
+        version=quote(program.version),
+        failed=FAILED,
+        patience=PATIENCE,
+        deadline=_deadline(expires),
+        uv_x64=quote(archives["x86_64"][0]),
+        sha256_x64=quote(archives["x86_64"][1]),
+        uv_arm64=quote(archives["aarch64"][0]),
+        sha256_arm64=quote(archives["aarch64"][1]),
+        index=f"--default-index {quote(program.index)} " if program.index else "",
+        requirement=quote(program.requirement),
+        units=UNITS.format(unit_url=_escaped(url)),
+    )
+    if len(text.encode()) > LIMIT:
+        msg = f"the machine's start script has {len(text.encode())} bytes; {LIMIT} are allowed"
+        raise ConfigurationError(msg)
+    return text
+
+
+def _deadline(expires: datetime | None) -> str:
+    if expires is None:
+        return ""
+    calendar = f"{expires.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
+    return DEADLINE.format(epoch=int(expires.timestamp()), calendar=calendar)
+
+
+def _escaped(text: str) -> str:
+    """Quote a word for a unit file, where % and $ are special."""
+    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{plain}"'
+
+
+def _must_be_public(text: str) -> None:
+    if re.search(r"://[^/\s]*@", text):
+        msg = "a machine's start script holds no credentials: take them out of the address"
+        raise ConfigurationError(msg)

@@ -57,7 +57,7 @@ class Found:
     @cached_property
     def bucket(self) -> store.Store:
         """Where its status and its logs are."""
-        return store.Store(self.plan.bucket.url)
+        return self.plan.bucket.store
 
     def statuses(self) -> dict[int, Status]:
         """What its machines last said, by rank."""
@@ -83,11 +83,17 @@ def places(cloud: str, region: str) -> list[Place]:
     if cloud and cloud not in clouds.NAMES:
         msg = f"--cloud {cloud}: choose one of {', '.join(clouds.NAMES)}"
         raise ConfigurationError(msg)
-    return [
-        Place(name, one, clouds.load(name, one))
-        for name in ([cloud] if cloud else clouds.NAMES)
-        for one in ([region] if region else clouds.REGIONS)
-    ]
+    found: list[Place] = []
+    mistakes: list[str] = []
+    for name in [cloud] if cloud else clouds.NAMES:
+        for one in [region] if region else clouds.REGIONS:
+            try:
+                found.append(Place(name, one, clouds.load(name, one)))
+            except ConfigurationError as error:
+                mistakes += error.mistakes
+    if not found:  # not one of the clouds has such a region
+        raise ConfigurationError(*mistakes)
+    return found
 
 
 def tasks(cloud: str = "", region: str = "") -> list[Found]:
@@ -132,10 +138,13 @@ def find(text: str, cloud: str = "", region: str = "") -> Found:
     except ConfigurationError:
         msg = f"no runner {text!r} is there; cml-runner list shows all"
         raise NotFound(msg) from None
-    for place in places(cloud, region):
-        found = Found(identifier, place, None)
-        if found.bucket.ranks():
-            return found
+    for found in (Found(identifier, place, None) for place in places(cloud, region)):
+        try:
+            if found.bucket.ranks():
+                return found
+        except (CredentialsError, MissingDependency):
+            if cloud:
+                raise
     msg = f"no runner {text} is there, nor a record of one"
     raise NotFound(msg)
 

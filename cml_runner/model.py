@@ -110,6 +110,16 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Program:
+    """Which cml-runner a machine installs, and from where. Nothing in it is secret."""
+
+    version: str = ""  # exactly this one; empty: the machine has our program already
+    requirement: str = ""  # "cml-runner[aws]==1.2.3", "cml-runner[aws] @ https://…"
+    index: str = ""  # of packages: a private mirror; empty: uv's own
+    uv: str = ""  # URL#sha256=HEX of the archive with uv; empty: the release that we know
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A script to run on some machines. A runner is a task whose script is our supervisor.
 
@@ -119,6 +129,7 @@ class Task:
     id: Identifier
     settings: str = field(default="", repr=False)  # JSON for `cml-runner supervise`; secret
     machine: Machine = Machine()
+    program: Program = Program()
     count: int = 1
     expires: datetime | None = None  # when the cloud itself must have ended it
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -243,7 +254,9 @@ class Settings:
     retry: bool = True
     idle_timeout: float = 300  # seconds; 0 = never
     expires: datetime | None = None
-    workdir: str = ""  # empty: below the current directory
+    user: str = ""  # the account that agent and jobs get; empty: the supervisor's own
+    sudo: bool = True  # that account may become root
+    workdir: str = ""  # empty: below that account's home, or the current directory
     startup: str = field(default="", repr=False)  # a script to run first
     docker_volumes: tuple[str, ...] = ()
 
@@ -270,6 +283,14 @@ class Status:
     job: Job | None = None
     version: str = ""  # of the agent
     code: int = 0  # exit code of our error, if it failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which machine is the one of this rank, and since when."""
+
+    machine: str
+    at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +343,7 @@ class Exited:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """The cloud is about to take this machine away."""
+    """The cloud is about to take this machine away; without a deadline: it may do so soon."""
 
     reason: str
     deadline: datetime | None = None

@@ -11,14 +11,14 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from obstore.store import ObjectStore
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
+LEFT = "left-"
+TIMEOUT = "30s"  # of one request
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
@@ -35,29 +37,74 @@ def status(rank: int) -> str:
     return f"status-{rank:03}.json"
 
 
+def place(rank: int, generation: int | None = None) -> str:
+    """Name the object that holds a model.Place, or what the names of all generations begin with."""
+    return f"place-{rank:03}-" + ("" if generation is None else f"{generation:04}")
+
+
+def left(rank: int) -> str:
+    """Name the empty object which says that nobody is needed in a place any more."""
+    return f"{LEFT}{rank:03}"
+
+
 def interruption(job: Job) -> str:
     """Name the object that holds a job's model.Interruption."""
     return f"interrupted-{job.key}.json"
 
 
+def kept(key: str) -> bool:
+    """Say if an object remains when its task is over: what people may still want to read."""
+    return key.startswith(("log-", "status-", "events"))
+
+
 class Store:
     """The objects below one URL: file:///…, s3://…, gs://…, az://….
+
+    What follows a "?" are options of the service, as obstore names them: ?region=us-west-2. What
+    follows a "#" isn't part of the address. The credentials are a function that returns them in
+    obstore's terms; without it, what this machine has by itself is used.
 
     What doesn't exist (yet) holds nothing. Raises CredentialsError where access is denied,
     RunnerError for whatever else goes wrong.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, credentials: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
         self.url = url
+        self._credentials = credentials
 
     @cached_property
     def _store(self) -> ObjectStore:
         from obstore.store import from_url
 
-        local = urlsplit(self.url)
-        if local.scheme == "file" and not Path(unquote(local.path)).is_dir():
-            raise FileNotFoundError(self.url)
-        return from_url(self.url)
+        parts = urlsplit(self.url)
+        if parts.scheme == "file":
+            if not Path(unquote(parts.path)).is_dir():
+                raise FileNotFoundError(self.url)
+            return from_url(self.url)
+        options: dict[str, Any] = dict(parse_qsl(parts.query))
+        if self._credentials:
+            options["credential_provider"] = self._credentials
+        address = parts._replace(query="", fragment="").geturl()
+        with _translated(self.url):
+            return from_url(address, client_options={"timeout": TIMEOUT}, **options)
+
+    def claim(self, key: str, content: bytes) -> bool:
+        """Put an object there unless there is one; False if there is. Only one of many wins."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            with _translated(self.url):
+                obstore.put(self._store, key, content, mode="create")
+        except FileNotFoundError as error:
+            raise self._gone() from error
+        except RunnerError as error:
+            if isinstance(error.__cause__, AlreadyExistsError):
+                return False
+            raise
+        return True
 
     def read(self, key: str) -> bytes | None:
         """Return an object's content; None if there is no such object."""
@@ -75,8 +122,7 @@ class Store:
             with _translated(self.url):
                 obstore.put(self._store, key, content)
         except FileNotFoundError as error:
-            msg = f"{self.url} is gone"
-            raise NotFound(msg) from error
+            raise self._gone() from error
 
     def delete(self, key: str) -> None:
         """Remove an object; absent is removed already."""
@@ -105,7 +151,7 @@ class Store:
 
     def save(self, key: str, value: Any) -> None:
         """Keep a dataclass."""
-        self.write(key, msgspec.json.encode(value))
+        self.write(key, encoded(value))
 
     def log(self, rank: int) -> str:
         """Return all that a machine, and those in whose place it came, have logged so far."""
@@ -115,6 +161,9 @@ class Store:
     def ranks(self) -> list[int]:
         """List the machines which have said anything yet."""
         return sorted({int(key.split("-")[1].split(".")[0]) for key in self.keys("") if _told(key)})
+
+    def _gone(self) -> NotFound:
+        return NotFound(f"{self.url} is gone")
 
 
 class Log:
@@ -143,6 +192,11 @@ class Log:
             if len(part) == SEGMENT:
                 self._text = self._text[SEGMENT:]
                 self._number += 1
+
+
+def encoded(value: Any) -> bytes:
+    """Write a dataclass as it is saved."""
+    return msgspec.json.encode(value)
 
 
 def _told(key: str) -> bool:

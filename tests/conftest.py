@@ -35,6 +35,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("CML_RUNNER_HOME", str(home / ".cml-runner"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # this machine may be one of EC2
 
 
 @pytest.fixture(autouse=True)

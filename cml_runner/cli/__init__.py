@@ -22,6 +22,8 @@ COMMANDS = {
     "interrupt": "tasks",
     "destroy": "tasks",
     "gc": "tasks",
+    "setup": "setup",
+    "permissions": "setup",
     "supervise": "supervise",
 }
 

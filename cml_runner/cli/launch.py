@@ -72,7 +72,11 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
     help="Identity of the machine: instance profile, service account …  [default: ours]",
 )
 @options.option("--cloud-metadata", multiple=True, metavar="K=V", help="Tags, labels.")
-@options.option("--cloud-ssh-private", metavar="PEM", help="Let us in.  [default: nobody gets in]")
+@options.option(
+    "--cloud-ssh-private",
+    metavar="PEM",
+    help="Let whoever has this key in, from here.  [default: nobody gets in]",
+)
 @options.option(
     "--cloud-startup-script",
     metavar="BASE64|@FILE",
@@ -101,6 +105,19 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
     help="Where the agent lives.  [default: ~/.cml/NAME]",
 )
 @options.option("--sudo/--no-sudo", default=True, help="Whether jobs may become root.")
+@options.option(
+    "--machine-package",
+    metavar="REQUIREMENT",
+    help="What machines install.  [default: this version of cml-runner]",
+)
+@options.option(
+    "--machine-package-index", metavar="URL", help="From where they do: a private mirror."
+)
+@options.option(
+    "--machine-uv",
+    metavar="URL#sha256=HEX",
+    help="From where they have uv.  [default: its release on GitHub]",
+)
 @options.option("--count", default="1", metavar="N", help="Launch N machines: NAME-0, NAME-1 …")
 @options.option(
     "--max-lifetime",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from cml_runner.model import Happening, Identifier, Instance, Lease, Notice, Task
+    from cml_runner.store import Store
 
 NAMES = tuple(module.name for module in iter_modules(__path__))
 REGIONS = ("us-east", "us-west", "eu-north", "eu-west")  # names that every cloud translates
@@ -61,7 +62,13 @@ class Group(Resource, Protocol):
         """
 
     def interrupt(self, instance: str, after: float) -> None:
-        """Take a machine away as the cloud would: a notice now, its end `after` seconds later."""
+        """Take a machine away as the cloud would: a notice now, its end `after` seconds later.
+
+        Where the cloud can't do this by itself, the machine, which has the notice, ends itself.
+        """
+
+    def console(self) -> str:
+        """Return what the machine that came last has written to its console, as far as known."""
 
 
 class Bucket(Resource, Protocol):
@@ -71,8 +78,8 @@ class Bucket(Resource, Protocol):
     """
 
     @property
-    def url(self) -> str:
-        """What `store.Store` opens, here and on the machines; known before it is created."""
+    def store(self) -> Store:
+        """Its content; on the machines, `Store(store.url)` opens the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,8 @@ class Plan:
 class Cloud(Protocol):
     """One account in one region of one cloud."""
 
+    dedicated: ClassVar[bool]  # each machine is a computer on which nothing else runs
+
     def __init__(self, region: str) -> None:
         """Take a generic or native region; raise ConfigurationError for an unknown one."""
 
@@ -101,9 +110,25 @@ class Cloud(Protocol):
     def tasks(self) -> list[Lease]:
         """List the tasks which exist in this region, found by their tags."""
 
+    def setup(self) -> list[str]:
+        """Make what all tasks of this account and region share; return the labels of what is new.
+
+        Raises CredentialsError, with all that is missing, if we may not.
+        """
+
+    def permissions(self) -> Mapping[str, Any]:
+        """Return the least policy for whoever launches, as the cloud writes it; sends nothing."""
+
     @staticmethod
-    def rank() -> int:
-        """Which of its group's machines this one is, on the machine; 0 when it is alone."""
+    def rank() -> int | None:
+        """Which of its group's machines this one is, on the machine.
+
+        None where the cloud doesn't number them: then they agree on it in the bucket.
+        """
+
+    @staticmethod
+    def machine() -> str:
+        """Return this machine's own name, on the machine; no other one ever has it."""
 
     @staticmethod
     def notice() -> Notice | None:
@@ -112,11 +137,12 @@ class Cloud(Protocol):
         Raises OSError when the metadata service doesn't answer.
         """
 
-    def leave(self, identifier: Identifier) -> None:
+    def leave(self, identifier: Identifier, *, last: bool) -> None:
         """End this machine's part of the task, on the machine; the last thing that it does.
 
         Other machines of the group are not touched; the last one takes everything with it that
-        costs money or is secret. Only logs and status stay, in the bucket.
+        costs money or is secret. Only logs and status stay, in the bucket. A cloud which knows
+        by itself who is the last one doesn't need to be told.
         """
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+USER = "runner"  # the account of agents and jobs, where we may make one
+
 
 @dataclass
 class Launch:
@@ -66,6 +68,7 @@ def settings(order: Order, forge: Forge) -> Settings:
         expires=order.expires,
         workdir=order.workdir or ("" if order.cloud else f"~/.cml/{order.name}"),
         startup=order.startup,
+        sudo=order.sudo,
         docker_volumes=order.docker_volumes,
     )
 
@@ -128,6 +131,7 @@ def plan(order: Order, region: str, content: Settings | None = None) -> Plan:
         id=order.id,
         settings=msgspec.json.encode(content).decode() if content else "",
         machine=order.machine,
+        program=order.program,
         count=order.count,
         expires=order.expires,
         tags={**order.tags, **own},
@@ -139,7 +143,8 @@ def _in_region(
     launched: Launch, region: str, forge: Forge, wanted: Settings, tell: Callable[[str], None]
 ) -> None:
     order = launched.order
-    wanted = replace(wanted, cloud=order.cloud, region=region)
+    own = clouds.load(order.cloud, region).dedicated
+    wanted = replace(wanted, cloud=order.cloud, region=region, user=USER if own else "")
     once = order.single and not order.machine.spot
     found = plan(order, region, replace(wanted, credential=None) if once else wanted)
     launched.plan, launched.region = found, region
@@ -155,7 +160,7 @@ def _in_region(
     ):
         if registrations:
             content = replace(wanted, credential=None, registrations=registrations)
-            store.Store(found.bucket.url).save(store.SETTINGS, content)
+            found.bucket.store.save(store.SETTINGS, content)
         found.group.resize(order.count)
         with suppress(NotFound):  # a machine that fails, or has its only job done, is faster
             found.group.expire(order.expires)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
+import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_runner import access, clouds, times
+from cml_runner import __version__, access, clouds, times
 from cml_runner.errors import ConfigurationError
-from cml_runner.model import Identifier, Machine, names
+from cml_runner.model import Identifier, Machine, Program, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,9 @@ class Options:
     cloud_kubernetes_toleration: tuple[str, ...] = ()
     workdir: str = ""
     sudo: bool = True
+    machine_package: str = ""
+    machine_package_index: str = ""
+    machine_uv: str = ""
     count: str = "1"
     max_lifetime: str = "5 days"
     wait: bool = True
@@ -109,6 +113,7 @@ class Order:
     startup: str = field(repr=False)
     workdir: str
     sudo: bool
+    program: Program
     count: int
     expires: datetime | None
     wait: bool
@@ -139,6 +144,7 @@ class _Reader:
         idle_timeout = self.duration("--idle-timeout", options.idle_timeout)
         wait_timeout = self.duration("--wait-timeout", options.wait_timeout)
         startup = self.take("--cloud-startup-script", self._startup, "")
+        program = self._program()
         self._together(labels, count)
         self._without_effect()
         if self.mistakes or not found:
@@ -164,6 +170,7 @@ class _Reader:
             startup=startup,
             workdir=options.workdir,
             sudo=options.sudo,
+            program=program,
             count=count,
             expires=datetime.now(timezone.utc) + timedelta(seconds=lifetime) if lifetime else None,
             wait=options.wait,
@@ -211,6 +218,22 @@ class _Reader:
                 for name, value in native.items()
                 if value
             },
+        )
+
+    def _program(self) -> Program:
+        """Say what machines install: this very version, unless another package is named."""
+        options = self.options
+        for flag in ("machine_package", "machine_package_index", "machine_uv"):
+            if re.search(r"://[^/\s]*@", getattr(options, flag)):
+                name = flag.replace("_", "-")
+                self.mistakes.append(f"--{name}: machines can't keep a login secret: leave it out")
+        if options.machine_uv and "#sha256=" not in options.machine_uv:
+            self.mistakes.append("--machine-uv: write URL#sha256=HEX")
+        return Program(
+            version=__version__,
+            requirement=options.machine_package or f"cml-runner[{options.cloud}]=={__version__}",
+            index=options.machine_package_index,
+            uv=options.machine_uv,
         )
 
     def _pairs(self, flag: str, texts: Sequence[str]) -> dict[str, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cml_runner import errors, store, times
+from cml_runner import bootstrap, errors, store, times
 from cml_runner.errors import CredentialsError, NoCapacity, NotReady, RunnerError
 from cml_runner.model import Status
 
@@ -28,6 +30,7 @@ FATAL: dict[str, type[RunnerError]] = {
     "image": NotReady,
 }
 CRASHES = 2  # of new machines, before we give up
+AT_ONCE = 16  # reads under way
 TAIL = 10  # lines of the machine's log to show on trouble
 
 
@@ -49,8 +52,8 @@ class Wait:
     ) -> None:
         self.order, self.plan, self.forge, self.tell = order, plan, forge, tell
         self.guest = guest
-        self.bucket = store.Store(plan.bucket.url)
-        self.asked = 0.0
+        self.bucket = plan.bucket.store
+        self.asked = self.spent = 0.0
         self.seen = 0  # events
 
     def run(self) -> None:
@@ -62,10 +65,12 @@ class Wait:
                 patience = times.text(self.order.wait_timeout)
                 msg = f"no runner was online within {patience} ({state}){self._tail()}"
                 raise NotReady(msg)
-            time.sleep(PAUSE)
+            time.sleep(max(PAUSE, self.spent))  # a far bucket isn't asked all the time
 
     def _ready(self) -> bool:
+        start = time.monotonic()
         statuses = self._statuses()
+        self.spent = time.monotonic() - start
         self.tell(self._progress(statuses))
         for one in statuses:
             if one and one.state == "failed":
@@ -88,8 +93,15 @@ class Wait:
             raise NotReady(msg)
 
     def _statuses(self) -> list[Status | None]:
-        ranks = range(self.order.count)
-        return [self.bucket.load(store.status(rank), Status) for rank in ranks]
+        """Read what is there; of several, only what is, since most will come at about one time."""
+        count = self.order.count
+        there = set(self.bucket.keys("status-")) if count > 1 else {store.status(0)}
+        names = [store.status(rank) for rank in range(count)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            load = pool.map(
+                lambda name: self.bucket.load(name, Status) if name in there else None, names
+            )
+            return list(load)
 
     def _progress(self, statuses: list[Status | None]) -> str:
         states = [one.state if one else "booting" for one in statuses]
@@ -106,13 +118,20 @@ class Wait:
             if crashes == CRASHES:
                 msg = f"machines die as they start: {event.message}{self._tail()}"
                 raise NotReady(msg)
+        if crashes and bootstrap.FAILED in self.plan.group.console():
+            msg = f"the machine can't be prepared{self._tail()}"
+            raise NotReady(msg)
         for event in events[self.seen :]:
             log.info("%s", event.message)
         self.seen = len(events)
 
     def _tail(self) -> str:
-        """The last lines of the first machine that has any to show."""
-        for rank in range(self.order.count):
-            if lines := self.bucket.log(rank).splitlines()[-TAIL:]:
-                return "\n  " + "\n  ".join(lines)
+        """The last lines of the first machine that has any to show; else of a console."""
+        logs = (self.bucket.log(rank) for rank in range(self.order.count))
+        text = next(filter(None, logs), "") or self._console()
+        return "".join(f"\n  {line}" for line in text.splitlines()[-TAIL:])
+
+    def _console(self) -> str:
+        with suppress(RunnerError):  # it is what we have to tell, not what went wrong
+            return self.plan.group.console()
         return ""

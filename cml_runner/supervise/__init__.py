@@ -13,11 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from cml_runner import clouds, forges, logs, signals, steps, store
 from cml_runner.errors import AgentFailed, AlreadyExists, JobRunning, NotFound, RunnerError
 from cml_runner.model import (
     Exited,
+    Identifier,
     JobEnded,
     JobStarted,
     Notice,
@@ -29,7 +31,7 @@ from cml_runner.model import (
     Tick,
     Troubled,
 )
-from cml_runner.supervise import machine, recovery
+from cml_runner.supervise import machine, places, recovery, user
 from cml_runner.supervise.process import Process
 from cml_runner.supervise.report import Report
 from cml_runner.supervise.rules import Rules, State, Stop, step
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Cloud
     from cml_runner.forges import Forge
     from cml_runner.model import Command, Event, Interruption, Job, Package, Registration
+    from cml_runner.supervise.user import Account
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +52,32 @@ ABORT = 15  # seconds for a job to fail once it was told to
 GRACE = 10  # seconds for an agent to end once it was asked to
 LONGEST_PAUSE = 30  # seconds before an agent which asks for it is started again
 LAST_TRY = 20  # seconds to have a job run again, by a machine which isn't a cloud's
+PATIENCE = 60  # seconds for a new machine to reach its bucket
 EARLY = 60  # seconds before the deadline that an orderly end begins
 MARGIN = 300  # seconds before the forge's own limit that a job is stopped
 
 
 def run(url: str) -> None:
-    """Be the supervisor of a machine; the settings are in the bucket at this URL."""
+    """Be the supervisor of a machine; the settings are in the bucket at this URL.
+
+    What follows a "#", CLOUD/REGION/IDENTIFIER, says which task to end should they be gone.
+    """
     bucket = store.Store(url)
-    settings = bucket.load(store.SETTINGS, Settings)
+    settings = _settings(bucket)
     if settings is None:
+        _leave_for_good(urlsplit(url).fragment)
         msg = f"there are no settings at {url}: this task is over"
         raise NotFound(msg)
     cloud = clouds.load(settings.cloud, settings.region)
-    Supervisor(settings, bucket, cloud).run()
+    rank = cloud.rank()
+    if rank is None:
+        count = len(settings.names)
+        rank = places.take(bucket, count, cloud.machine()) if count > 1 else 0
+        if rank in places.left(bucket):
+            log.info("nobody is needed here any more")
+            cloud.leave(settings.id, last=places.leave(bucket, rank, count))
+            return
+    Supervisor(settings, bucket, cloud, rank).run()
 
 
 def here(settings: Settings) -> None:
@@ -76,13 +92,15 @@ def here(settings: Settings) -> None:
 class Supervisor:
     """One runner, from its registration to its end."""
 
-    def __init__(self, settings: Settings, bucket: store.Store, cloud: Cloud | None) -> None:
-        self.settings, self.bucket, self.cloud = settings, bucket, cloud
-        rank = cloud.rank() if cloud else 0
+    def __init__(
+        self, settings: Settings, bucket: store.Store, cloud: Cloud | None, rank: int = 0
+    ) -> None:
+        self.settings, self.bucket, self.cloud, self.rank = settings, bucket, cloud, rank
         self.first_name = self.name = settings.names[rank]
         self.registration = settings.registrations[rank] if settings.registrations else None
         self.agent = forges.agent(settings.driver)
         self.forge = _forge(settings)
+        self.account: Account | None = None  # of the agent, if it isn't our own
         self.workdir = Workdir(settings, self.name)
         self.registered = False
         self.signal = 0  # that asked us to end
@@ -113,12 +131,22 @@ class Supervisor:
                 stop = replace(stop, then="vanish")
             self._clear_up(stop, failure)
         if self.cloud and stop.then == "leave":
-            self.cloud.leave(self.settings.id)
+            self._leave(self.cloud)
         if failure:
             raise failure
 
+    def _leave(self, cloud: Cloud) -> None:
+        count = len(self.settings.names)
+        try:
+            last = places.leave(self.bucket, self.rank, count)
+        except RunnerError as error:  # others can't be asked; at worst the deadline ends the group
+            log.warning("%s", error)
+            last = count == 1
+        cloud.leave(self.settings.id, last=last)
+
     def _live(self) -> Stop:
         self._recall()
+        self._become_two()
         self.workdir.create()
         machine.startup(self.settings.startup, self.workdir.path)
         if self.cloud:
@@ -136,6 +164,14 @@ class Supervisor:
                     return replace(stop, then="leave", failed=True)
                 self._try_to_unregister()
                 command = self._prepare(self.forge.packages())
+
+    def _become_two(self) -> None:
+        """Have the agent and its jobs live under an account of their own."""
+        settings = self.settings
+        if settings.user:
+            promised = settings.single or not settings.sudo
+            self.account = user.prepare(settings.user, sudo=settings.sudo, isolated=promised)
+            self.workdir = Workdir(settings, self.name, self.account.home)
 
     def _others_may_do_better(self) -> bool:
         """Let the cloud send another machine for an interrupted job; two failures are enough."""
@@ -172,7 +208,7 @@ class Supervisor:
 
     def _start(self, command: Command) -> None:
         self.state = replace(self.state, phase="starting", since=time.monotonic(), job=None)
-        self.process = Process(self.agent, command, self.secrets, self.events)
+        self.process = Process(self.agent, command, self.secrets, self.events, self.account)
 
     def _register(self) -> Registration:
         if self.registration:
@@ -335,6 +371,26 @@ class Supervisor:
         if not self.process:
             raise KeyboardInterrupt(name)
         self.events.put(Signalled(name=name))
+
+
+def _settings(bucket: store.Store) -> Settings | None:
+    """Read them, as soon as this new machine has the network and the rights that it was given."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return bucket.load(store.SETTINGS, Settings)
+        except RunnerError as error:
+            if time.monotonic() > end:
+                raise
+            log.warning("can't read the settings yet: %s", error)
+            time.sleep(TICK)
+
+
+def _leave_for_good(whose: str) -> None:
+    """End a group which would send one useless machine after the other."""
+    if whose:
+        cloud, region, identifier = whose.split("/")
+        clouds.load(cloud, region).leave(Identifier.parse(identifier), last=True)
 
 
 def _forge(settings: Settings) -> Forge | None:

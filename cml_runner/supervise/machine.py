@@ -61,12 +61,15 @@ def poll(notice: Callable[[], Notice | None], events: queue.Queue[Event]) -> Non
     """Turn the cloud's interruption notice into an event, in a thread of its own."""
 
     def ask() -> None:
-        silent = False
+        silent, told = False, None
         while True:
             try:
-                if found := notice():
+                found = notice()
+                if found and found != told:
                     events.put(found)
-                    return
+                    if found.deadline:
+                        return
+                    told = found  # there may be worse to come
                 silent = False
             except OSError as error:
                 if not silent:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cml_runner.errors import AgentFailed
+from cml_runner.supervise.user import expendable
 
 if TYPE_CHECKING:
     import queue
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from cml_runner.forges import Agent
     from cml_runner.model import Command, Event
+    from cml_runner.supervise.user import Account
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +55,21 @@ class Process:
     """A running agent, with all that it has started."""
 
     def __init__(
-        self, agent: Agent, command: Command, secrets: tuple[str, ...], events: queue.Queue[Event]
+        self,
+        agent: Agent,
+        command: Command,
+        secrets: tuple[str, ...],
+        events: queue.Queue[Event],
+        account: Account | None = None,
     ) -> None:
-        """Start it. Raises AgentFailed."""
-        self._agent, self._events = agent, events
+        """Start it, under another account if one is given. Raises AgentFailed."""
+        self._agent, self._events, self._account = agent, events, account
         self._over = False
-        environment = {**scrubbed(os.environ, secrets), **command.environment}
+        own = account.environment() if account else {}
+        environment = {**scrubbed(os.environ, secrets), **own, **command.environment}
         try:
+            if account:
+                account.own(command.directory)
             self._process = subprocess.Popen(
                 command.arguments,
                 cwd=command.directory,
@@ -70,11 +80,16 @@ class Process:
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C is for us, and we can end all that it started
+                user=account.uid if account else None,
+                group=account.gid if account else None,
+                extra_groups=account.groups if account else None,
             )
         except OSError as error:
             msg = f"the agent can't be started: {error}"
             raise AgentFailed(msg) from error
         self.pid = self._process.pid
+        if account:
+            expendable(self.pid)
         self._reader = threading.Thread(target=self._read, name="agent", daemon=True)
         self._reader.start()
 
@@ -93,6 +108,8 @@ class Process:
         self.wait(grace)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        if self._account:
+            self._account.end()
         self._process.wait()
         self._reader.join(REST)
         self._over = True

@@ -42,6 +42,7 @@ class State:
     job: Job | None = None
     pending: int = 0  # interrupted jobs which the forge has yet to queue again
     restarts: int = 0  # of the agent, since it last took a job
+    doomed: bool = False  # the cloud may soon take this machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,19 @@ def step(state: State, event: Event, now: float, rules: Rules) -> tuple[State, S
             return replace(state, pending=max(0, state.pending - 1), since=_later(state, now)), None
         case Exited():
             return replace(state, restarts=state.restarts + 1), _after_exit(state, event, rules)
-        case Notice(reason=reason) | Signalled(name=reason):
-            return state, Stop(reason=reason, then="vanish", retry=state.phase == "busy")
+        case Notice() | Signalled():
+            return _told_to_go(state, event)
         case Tick():
             return state, _overdue(state, now, rules)
     return state, None
+
+
+def _told_to_go(state: State, event: Notice | Signalled) -> tuple[State, Stop | None]:
+    if isinstance(event, Signalled):
+        return state, Stop(reason=event.name, then="vanish", retry=state.phase == "busy")
+    if state.phase == "busy" and not event.deadline:
+        return replace(state, doomed=True), None  # the job may still be done in time
+    return state, Stop(reason=event.reason, then="vanish", retry=state.phase == "busy")
 
 
 def _later(state: State, now: float) -> float:
@@ -88,7 +97,8 @@ def _later(state: State, now: float) -> float:
 
 def _after_job(state: State, rules: Rules) -> Stop | None:
     if not rules.single:
-        return None
+        doomed = Stop(reason="the cloud may take this machine soon", then="vanish")
+        return doomed if state.doomed else None
     if state.pending:  # it was somebody else's job: ours is yet to come
         reason = "single job done, another is pending"
         return Stop(reason=reason, then="stay", ended=True, renew=True)

@@ -19,10 +19,13 @@ MARKER = ".cml-runner"  # in a directory that we made, so that we may delete it
 class Workdir:
     """One agent's directory, which nobody else uses, and which goes with it if we made it."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        """Choose it; machines which share a disk mustn't share it."""
+    def __init__(self, settings: Settings, name: str, home: Path | None = None) -> None:
+        """Choose it, in somebody's home; machines which share a disk mustn't share it."""
         alone = settings.workdir and len(settings.names) == 1
-        directory = Path(settings.workdir or "work").expanduser().absolute()
+        directory = Path(settings.workdir or "work")
+        if home and directory.parts[0] == "~":
+            directory = directory.relative_to("~")
+        directory = (home / directory if home else directory.expanduser()).absolute()
         self.path = directory if alone else directory / name
         self._lock: IO[str] | None = None
         self._ours = False

@@ -37,7 +37,7 @@ import os, pathlib
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Identifier
 task = pathlib.Path(os.environ['LOCAL_CLOUD_MACHINE']).parent.parent
-Cloud(str(task.parent)).leave(Identifier.parse(task.name))
+Cloud(str(task.parent)).leave(Identifier.parse(task.name), last=False)
 "
 """
 
@@ -137,7 +137,7 @@ class LocalRig:
 
 
 def directory(plan: Plan) -> Path:
-    return Path(unquote(urlsplit(plan.bucket.url).path)).parent
+    return Path(unquote(urlsplit(plan.bucket.store.url).path)).parent
 
 
 def messages(plan: Plan, kind: str) -> list[str]:

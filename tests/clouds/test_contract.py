@@ -10,7 +10,7 @@ import pytest
 from cml_runner import clouds
 from cml_runner.errors import ConfigurationError, NotFound
 from cml_runner.model import Machine, Task
-from cml_runner.store import SETTINGS, Store
+from cml_runner.store import SETTINGS
 from tests.clouds.conftest import until
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def test_who_leaves_leaves_the_others_alone(rig: Rig) -> None:
 
 def test_the_last_to_leave_takes_everything_along(rig: Rig) -> None:
     plan = rig.launch(2, rig.task(settings=SECRET))
-    bucket = Store(plan.bucket.url)
+    bucket = plan.bucket.store
     bucket.write("log-000-000000.txt", b"hello")
     bucket.write("status-000.json", b"{}")
     for machine in rig.running(plan):
@@ -215,7 +215,7 @@ def test_the_last_to_leave_takes_everything_along(rig: Rig) -> None:
 
 def test_the_settings_are_in_the_bucket_and_nowhere_else(rig: Rig) -> None:
     plan = rig.launch(1, rig.task(settings=SECRET))
-    assert Store(plan.bucket.url).read(SETTINGS) == SECRET.encode()
+    assert plan.bucket.store.read(SETTINGS) == SECRET.encode()
     assert rig.traces(SECRET) == [rig.settings(plan)]
     delete(plan)
     assert rig.traces(SECRET) == []

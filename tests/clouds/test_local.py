@@ -275,17 +275,17 @@ def test_a_machine_that_leaves_and_stays_is_ended(local_rig: LocalRig) -> None:
     plan = local_rig.launch(1)
     with local_rig.monkeypatch.context() as patch:
         patch.setenv(VARIABLE, str(local_rig.up(plan, "0.1")))
-        local_rig.cloud.leave(Identifier.parse(directory(plan).name))
+        local_rig.cloud.leave(Identifier.parse(directory(plan).name), last=True)
     until(lambda: not local_rig.processes())
     assert "machine 0.1 has left" in messages(plan, "info")
 
 
 def test_only_a_machine_of_the_task_can_leave_it(local_rig: LocalRig) -> None:
     plan, other = local_rig.launch(1), Identifier.new("other")
-    local_rig.cloud.leave(Identifier.parse(directory(plan).name))
+    local_rig.cloud.leave(Identifier.parse(directory(plan).name), last=True)
     with local_rig.monkeypatch.context() as patch:
         patch.setenv(VARIABLE, str(local_rig.up(plan, "0.1")))
-        local_rig.cloud.leave(other)
+        local_rig.cloud.leave(other, last=True)
     assert not list(directory(plan).rglob("left"))
 
 
@@ -403,7 +403,7 @@ print((lease.expires - lease.created).total_seconds())
     (lease,) = local_rig.cloud.tasks()
     assert lease.expires == lease.created + timedelta(hours=1)
     assert lease.tags == {"a": "b"}
-    assert store.Store(plan.bucket.url).read(store.SETTINGS) == b"mine"
+    assert plan.bucket.store.read(store.SETTINGS) == b"mine"
 
 
 def test_a_task_which_was_launched_needs_its_launcher_no_more(local_rig: LocalRig) -> None:
@@ -443,7 +443,7 @@ def test_a_damaged_group_ends(local_rig: LocalRig) -> None:
 def finish(rig: LocalRig) -> Plan:
     plan = rig.launch(1)
     for name in ("log-000-000000.txt", "status-000.json", "interrupted-0.json"):
-        store.Store(plan.bucket.url).write(name, b"{}")
+        plan.bucket.store.write(name, b"{}")
     rig.leave(plan, "0.1")
     until(lambda: not rig.processes())
     return plan
@@ -460,7 +460,7 @@ def test_a_new_task_replaces_the_record(local_rig: LocalRig) -> None:
     old = finish(local_rig)
     new = local_rig.cloud.plan(Task(id=Identifier.parse(directory(old).name)))
     assert new.bucket.create()
-    assert store.Store(new.bucket.url).keys("") == [store.SETTINGS]
+    assert new.bucket.store.keys("") == [store.SETTINGS]
     assert new.group.events() == []
 
 
@@ -541,7 +541,7 @@ def test_a_region_may_be_a_directory(local_rig: LocalRig, tmp_path: Path) -> Non
     plan = cloud.plan(local_rig.task(settings=SECRET))
     assert plan.bucket.create()
     assert directory(plan).parent == region
-    assert store.Store(plan.bucket.url).read(store.SETTINGS) == SECRET.encode()
+    assert plan.bucket.store.read(store.SETTINGS) == SECRET.encode()
     assert len(cloud.tasks()) == 1
     assert local_rig.cloud.tasks() == []
 

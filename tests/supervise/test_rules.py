@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cml_runner.model import Event
 
 JOB = Job(name="train")
+SOON = datetime(2030, 1, 1, tzinfo=timezone.utc)
 STARTING = State(since=0)
 IDLE = State(phase="idle", since=0)
 BUSY = State(phase="busy", since=0, job=JOB)
@@ -82,7 +84,14 @@ FINE = Exited(code=0)
         (IDLE, FINE, 1, SINGLE, Stop(reason="the agent ended: exit code 0")),
         # taken away
         (IDLE, Notice(reason="spot"), 1, USUAL, Stop(reason="spot", then="vanish")),
-        (BUSY, Notice(reason="spot"), 1, USUAL, Stop(reason="spot", then="vanish", retry=True)),
+        (BUSY, Notice(reason="soon"), 1, USUAL, None),
+        (
+            BUSY,
+            Notice(reason="spot", deadline=SOON),
+            1,
+            USUAL,
+            Stop(reason="spot", then="vanish", retry=True),
+        ),
         (IDLE, Signalled(name="SIGINT"), 1, USUAL, Stop(reason="SIGINT", then="vanish")),
         (
             BUSY,
@@ -126,6 +135,14 @@ FINE = Exited(code=0)
 )
 def test_step(state: State, event: Event, now: float, rules: Rules, stop: Stop | None) -> None:
     assert step(state, event, now, rules)[1] == stop
+
+
+def test_a_job_may_end_on_a_machine_that_may_go_soon() -> None:
+    state, stop = step(BUSY, Notice(reason="soon"), 1, USUAL)
+    assert stop is None
+    _, stop = step(state, JobEnded(succeeded=True), 2, USUAL)
+    assert stop
+    assert (stop.then, stop.retry) == ("vanish", False)
 
 
 def test_a_job_restarts_the_idle_clock() -> None:

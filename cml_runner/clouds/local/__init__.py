@@ -26,7 +26,7 @@ import platform
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import clouds
 from cml_runner.clouds.local import files, processes, records
@@ -37,7 +37,7 @@ from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Lease, Notice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from cml_runner.model import Task
 
@@ -47,6 +47,7 @@ LAUNCH = timedelta(hours=1)  # the longest that one can take
 class Cloud:
     """The computer that we are on. A region is a directory, and all sizes are the same."""
 
+    dedicated = False
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 
@@ -85,6 +86,14 @@ class Cloud:
                         wake(directory)
         return found
 
+    def setup(self) -> list[str]:
+        """Make nothing: the tasks share nothing."""
+        return []
+
+    def permissions(self) -> Mapping[str, Any]:
+        """Ask for nothing: whoever may use this computer may use the cloud."""
+        return {}
+
     @staticmethod
     def rank() -> int:
         """Read it from the name of this machine's directory."""
@@ -99,10 +108,15 @@ class Cloud:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), machine)
         return files.read(Path(machine, "notice.json"), Notice) if machine else None
 
-    def leave(self, identifier: Identifier) -> None:
+    @staticmethod
+    def machine() -> str:
+        """Read it from the name of this machine's directory."""
+        return Path(os.environ.get(VARIABLE) or "/").name
+
+    def leave(self, identifier: Identifier, *, last: bool) -> None:
         """Mark this machine as not needed any more; the caller has some seconds left to exit.
 
-        Does nothing on what isn't a machine of this task.
+        Does nothing on what isn't a machine of this task. The keeper sees who is the last one.
         """
         machine = Path(os.environ.get(VARIABLE) or "/")
         directory = machine.parent.parent

@@ -126,7 +126,7 @@ def environment() -> dict[str, str]:
 def _boot(directory: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
     url = (directory.parent.parent / "bucket").as_uri()
     script = directory / "bootstrap.sh"
-    files.write(script, bootstrap.script(url, command).encode())
+    files.write(script, bootstrap.ready(url, command).encode())
     with open(directory / "console.log", "ab") as console:
         return subprocess.Popen(
             ("/bin/sh", str(script)),

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from itertools import count as numbers
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from cml_runner.clouds.local.keeper import Keeper, wake
 from cml_runner.clouds.local.records import Wish
 from cml_runner.errors import ConfigurationError, NotFound
 from cml_runner.model import Happening, Identifier, Instance, Notice
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -39,10 +41,10 @@ class Bucket:
     label: str = "bucket"
     needs: tuple[Resource, ...] = ()
 
-    @property
-    def url(self) -> str:
-        """A file URL, of use on this computer."""
-        return (self.directory / "bucket").as_uri()
+    @cached_property
+    def store(self) -> Store:
+        """A directory, of use on this computer."""
+        return Store((self.directory / "bucket").as_uri())
 
     @files.translated()
     def create(self) -> bool:
@@ -214,6 +216,14 @@ class Group:
         notice = Notice(reason="spot interruption", deadline=files.now() + timedelta(seconds=after))
         files.save(self.directory / "machines" / name / "notice.json", notice)
         wake(self.directory)
+
+    @files.translated()
+    def console(self) -> str:
+        """Read what the youngest machine has written."""
+        machines = [path / "console.log" for path in records.machines(self.directory)]
+        written = [path for path in machines if path.exists()]
+        newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
+        return newest.read_text(errors="replace") if newest else ""
 
     @property
     def _missing(self) -> NotFound:

@@ -1,0 +1,182 @@
+"""Amazon Web Services: an Auto Scaling group for each task, and one bucket for all.
+
+What a task consists of, all of it named after its identifier:
+
+    lease            object leases/ID.json in the account's bucket: the claim on the name
+    settings         object tasks/ID/settings.json, which only our machines may read; beside it the
+                     machines' logs and status
+    launch template  what machines are like; its user data says where the settings are
+    key pair         only with --cloud-ssh-private
+    scaling group    over all subnets; its scheduled action ends it at the deadline
+
+The pieces that all tasks share are in account.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cml_runner import clouds
+from cml_runner.clouds.aws import account, catalogue, machine
+from cml_runner.clouds.aws.group import Group
+from cml_runner.clouds.aws.resources import (
+    Bucket,
+    Claim,
+    KeyPair,
+    LaunchTemplate,
+    Settings,
+    lease,
+    leases,
+    public_key,
+)
+from cml_runner.clouds.aws.session import Session
+from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
+from cml_runner.errors import ConfigurationError, RunnerError
+from cml_runner.model import Identifier, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from cml_runner.model import Lease, Notice
+
+log = logging.getLogger(__name__)
+
+TAG_KEY = re.compile(r"(?!aws:|_index$|\.{1,2}$)[A-Za-z0-9+\-=.,_:@]{1,128}")
+AT_ONCE = 16  # objects read
+PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
+
+
+class Cloud:
+    """One account, that of the credentials which the SDK finds, in one region."""
+
+    dedicated = True
+
+    def __init__(self, region: str) -> None:
+        self.region = catalogue.region(region)
+        self._session = Session(self.region)
+
+    def plan(self, task: Task) -> clouds.Plan:
+        """Name a task's resources; what must be known of account and region is asked later."""
+        alone = task == Task(id=task.id)  # which will do for all but creation
+        return self._plan(task, None if alone else self._site(task))
+
+    def tasks(self) -> list[Lease]:
+        """Read the leases."""
+        objects = leases(self._session)
+        names = [key.removesuffix(".json") for key in objects.keys("")]
+
+        def read(name: str) -> Lease | None:
+            with suppress(ConfigurationError):
+                claim = objects.load(f"{name}.json", Claim)
+                return lease(Task(id=Identifier.parse(name)), claim) if claim else None
+            return None
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [found for found in pool.map(read, names) if found]
+
+    def setup(self) -> list[str]:
+        """Make role, instance profile, security group and bucket."""
+        return account.Shared(self._session).setup()
+
+    def permissions(self) -> Mapping[str, Any]:
+        """Write an IAM policy for this region, and for whatever account it's given to."""
+        return account.launcher_policy("*", self.region)
+
+    @staticmethod
+    def rank() -> None:
+        """A group's machines have no numbers."""
+
+    @staticmethod
+    def machine() -> str:
+        """Return the instance's identifier."""
+        return machine.instance()
+
+    @staticmethod
+    def notice() -> Notice | None:
+        """Ask the metadata service."""
+        return machine.notice()
+
+    def leave(self, identifier: Identifier, *, last: bool) -> None:
+        """Terminate this instance and have none in its place or, as the last, delete everything.
+
+        It goes on trying: a machine that just powered itself off would be replaced.
+        """
+        instance = machine.instance()
+        if not instance or machine.tag(account.TAG) != str(identifier):
+            return
+        plan = self._plan(Task(id=identifier), None)
+        bucket, group = plan.bucket, plan.group
+        assert isinstance(bucket, Bucket)
+        assert isinstance(group, Group)
+        if not last:
+            _insist(lambda: group.dismiss(instance))
+            return
+        for resource in plan.resources[1:-1]:
+            _insist(resource.delete)
+        _insist(group.discard)
+        _insist(bucket.release)
+
+    def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
+        bucket = Bucket(self._session, task, site)
+        settings = Settings(bucket)
+        # Whoever deletes doesn't know if there is a key.
+        key = KeyPair(bucket) if task.machine.ssh_key or not site else None
+        template = LaunchTemplate(bucket, site, key)
+        parts: tuple[clouds.Resource, ...] = (settings, *([key] if key else []), template)
+        group = Group(bucket, site, parts)
+        arch = catalogue.arch(site.wanted) if site else "x64"
+        return clouds.Plan(resources=(bucket, *parts, group), group=group, bucket=bucket, arch=arch)
+
+    def _site(self, task: Task) -> Site:
+        """Understand what machines are asked for. Raises ConfigurationError with every mistake."""
+        wanted = task.machine
+        mistakes: list[str] = []
+        types: tuple[str, ...] = ()
+        image = None
+        for reading in ("types", "image"):
+            try:
+                if reading == "types":
+                    types = catalogue.types(wanted.types, wanted.gpu)
+                elif types:
+                    image = catalogue.image(wanted.image, types)
+            except ConfigurationError as error:
+                mistakes += error.mistakes
+        mistakes += _mistakes(task)
+        if mistakes or image is None:
+            raise ConfigurationError(*mistakes)
+        return Site(self._session, task, types, image)
+
+
+def _mistakes(task: Task) -> list[str]:
+    """List what is wrong but for types and image."""
+    found = []
+    for name in task.machine.options:
+        if name not in (SECURITY_GROUP_OPTION, SUBNET_OPTION):
+            found.append(f"--cloud-{name} makes no sense on AWS: leave it out")
+    for key in task.tags:
+        if not TAG_KEY.fullmatch(key):
+            found.append(f"--cloud-metadata {key}: keys are letters, digits and + - = . , _ : @")
+    if task.machine.ssh_key:
+        try:
+            public_key(task.machine.ssh_key)
+        except ValueError as error:
+            found.append(f"--cloud-ssh-private: {error}")
+    return found
+
+
+def _insist(action: Callable[[], None], sleep: Callable[[float], None] = time.sleep) -> None:
+    """Do it, whatever it takes: the deadline ends us otherwise."""
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            action()
+        except RunnerError as error:
+            log.warning("can't leave yet: %s", error)
+            sleep(next(pauses, PAUSES[-1]))
+        else:
+            return

@@ -1,0 +1,319 @@
+"""The resources of a task, but for its group: the claim, the settings, template and key."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cml_runner import bootstrap, store
+from cml_runner.clouds.aws.account import LEASES, ROLE, TAG, TASKS, Shared
+from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, RunnerError
+from cml_runner.model import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cml_runner.clouds import Resource
+    from cml_runner.clouds.aws.session import Session
+    from cml_runner.clouds.aws.site import Site
+    from cml_runner.model import Task
+
+log = logging.getLogger(__name__)
+
+LAUNCH = timedelta(hours=1)  # the longest that one can take
+LONGEST_TAG = 256  # characters of a value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What the lease object holds."""
+
+    created: datetime
+    expires: datetime | None
+    launched: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def leases(session: Session) -> store.Store:
+    """Open what says which tasks there are."""
+    return _open(session, LEASES)
+
+
+def lease(task: Task, claim: Claim) -> Lease:
+    """Say how long a task may be there; one whose launcher died before the end isn't long."""
+    expires = claim.expires
+    if not claim.launched:
+        given_up = claim.created + LAUNCH
+        expires = min(expires, given_up) if expires else given_up
+    return Lease(id=task.id, created=claim.created, expires=expires, tags=claim.tags)
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """The task's part of the account's bucket. Who has put its lease object there has the task."""
+
+    session: Session
+    task: Task
+    site: Site | None  # None: it won't be created
+    label: str = "lease"
+    needs: tuple[Resource, ...] = ()
+    ours: list[Claim] = field(default_factory=list, init=False)  # what we have put there
+
+    @cached_property
+    def store(self) -> store.Store:
+        """Where the task's objects are."""
+        return _open(self.session, f"{TASKS}/{self.task.id}")
+
+    def create(self) -> bool:
+        """Put the lease there, unless there is one; before that, see if all else can be had."""
+        assert self.site
+        self.site.look()
+        try:
+            return self._claim()
+        except NotFound:
+            Shared(self.session).setup(self.site.network)
+            return self._claim()
+
+    def delete(self) -> None:
+        """Delete all of the task's objects, the lease at last."""
+        for key in self.store.keys(""):
+            self.store.delete(key)
+        self.release()
+
+    def release(self) -> None:
+        """Delete the lease: nobody has the task any more."""
+        leases(self.session).delete(self._key)
+
+    def claim(self) -> Claim | None:
+        """Read the lease."""
+        return leases(self.session).load(self._key, Claim)
+
+    def renew(self, expires: datetime | None) -> None:
+        """Write that the task is launched, and until when it may be there."""
+        old = self.ours[0] if self.ours else self.claim()
+        if old is None:
+            msg = f"{self.task.id} is gone: launch it again"
+            raise NotFound(msg)
+        new = Claim(created=old.created, expires=expires, launched=True, tags=old.tags)
+        leases(self.session).save(self._key, new)
+
+    def _claim(self) -> bool:
+        """Put it with a call which makes sure whose bucket this is: its name can be guessed."""
+        now = datetime.now(timezone.utc)
+        content = Claim(created=now, expires=self.task.expires, tags=self.task.tags)
+        try:
+            self.session.call(
+                "s3",
+                "put_object",
+                Bucket=Shared(self.session).bucket,
+                ExpectedBucketOwner=self.session.account.id,
+                Key=f"{LEASES}/{self._key}",
+                Body=msgspec.json.encode(content),
+                IfNoneMatch="*",
+            )
+        except AlreadyExists:
+            return False
+        except RunnerError as error:
+            if "ConditionalRequestConflict" in str(error):  # two at the very same time
+                return False
+            raise
+        self.ours.append(content)
+        return True
+
+    @property
+    def _key(self) -> str:
+        return f"{self.task.id}.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What the machines read; the only thing that is secret."""
+
+    bucket: Bucket
+    label: str = "settings"
+
+    @property
+    def needs(self) -> tuple[Resource, ...]:
+        """Without the lease it might be somebody else's."""
+        return (self.bucket,)
+
+    def create(self) -> bool:
+        """Write them, once the records of an older task of this name are gone."""
+        content = self.bucket.task.settings.encode()
+        with ThreadPoolExecutor(1) as pool:
+            older = pool.submit(self.bucket.store.keys, "")
+            new = self.bucket.store.claim(store.SETTINGS, content)
+            if self.bucket.ours:
+                for key in older.result():
+                    if key != store.SETTINGS:
+                        self.bucket.store.delete(key)
+                if not new:  # somebody's who didn't clear up
+                    self.bucket.store.write(store.SETTINGS, content)
+        return new or bool(self.bucket.ours)
+
+    def delete(self) -> None:
+        """Delete them, and all else that nobody wants to read when the task is over."""
+        for key in sorted(self.bucket.store.keys(""), key=lambda key: key != store.SETTINGS):
+            if not store.kept(key):
+                self.bucket.store.delete(key)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPair:
+    """The public half of the user's key."""
+
+    bucket: Bucket
+    label: str = "key pair"
+
+    @property
+    def needs(self) -> tuple[Resource, ...]:
+        """It bears the task's name."""
+        return (self.bucket,)
+
+    def create(self) -> bool:
+        """Import it."""
+        task = self.bucket.task
+        try:
+            self.bucket.session.call(
+                "ec2",
+                "import_key_pair",
+                KeyName=str(task.id),
+                PublicKeyMaterial=public_key(task.machine.ssh_key),
+                TagSpecifications=tags(task, "key-pair"),
+            )
+        except AlreadyExists:
+            return False
+        return True
+
+    def delete(self) -> None:
+        """Delete it."""
+        _delete(self.bucket, "key_pair", "KeyName", "key-name")
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchTemplate:
+    """What every machine of the task is like."""
+
+    bucket: Bucket
+    site: Site | None
+    key: KeyPair | None
+    label: str = "launch template"
+
+    @property
+    def needs(self) -> tuple[Resource, ...]:
+        """Only the lease: a key pair is looked up when a machine starts."""
+        return (self.bucket,)
+
+    def create(self) -> bool:
+        """Create it."""
+        task = self.bucket.task
+        try:
+            self.bucket.session.call(
+                "ec2",
+                "create_launch_template",
+                LaunchTemplateName=str(task.id),
+                LaunchTemplateData=self._data(),
+                TagSpecifications=tags(task, "launch-template"),
+            )
+        except AlreadyExists:
+            return False
+        return True
+
+    def delete(self) -> None:
+        """Delete it; what it has launched lives on."""
+        _delete(self.bucket, "launch_template", "LaunchTemplateName", "launch-template-name")
+
+    def _data(self) -> dict[str, Any]:
+        assert self.site
+        task, image = self.bucket.task, self.site.image
+        size = max(task.machine.disk, image.size)
+        if task.machine.disk and size > task.machine.disk:
+            log.warning("the image needs a disk of %d GB", size)
+        volume = {"VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
+        disk = {
+            "DeviceName": image.device,
+            "Ebs": {**volume, **({"VolumeSize": size} if size else {})},
+        }
+        script = start_script(task, self.bucket)
+        return {
+            "ImageId": image.id,
+            "UserData": base64.b64encode(script.encode()).decode(),
+            "IamInstanceProfile": profile(task.machine.permissions),
+            "SecurityGroupIds": self.site.security_groups,
+            "BlockDeviceMappings": [disk],
+            # One hop: containers, which jobs start, can't reach the metadata service.
+            "MetadataOptions": {
+                "HttpEndpoint": "enabled",
+                "HttpTokens": "required",
+                "HttpPutResponseHopLimit": 1,
+                "InstanceMetadataTags": "enabled",
+            },
+            "InstanceInitiatedShutdownBehavior": "terminate",
+            "TagSpecifications": tags(task, "instance", "volume", "network-interface"),
+            **({"KeyName": str(task.id)} if self.key else {}),
+        }
+
+
+def start_script(task: Task, bucket: Bucket) -> str:
+    """Write the user data: which settings to read and, if they are gone, which task to end."""
+    url = f"{bucket.store.url}#aws/{bucket.session.region}/{task.id}"
+    return bootstrap.machine(url, task.program, task.expires)
+
+
+def tags(task: Task, *kinds: str) -> list[dict[str, Any]]:
+    """Tag resources of these kinds as the task's own."""
+    values = {**task.tags, "Name": task.tags.get("name", str(task.id)), TAG: str(task.id)}
+    listed = [{"Key": key, "Value": value[:LONGEST_TAG]} for key, value in values.items()]
+    return [{"ResourceType": kind, "Tags": listed} for kind in kinds]
+
+
+def profile(permissions: str) -> dict[str, str]:
+    """Name the machine's identity, as EC2 wants it."""
+    return {"Arn" if permissions.startswith("arn:") else "Name": permissions or ROLE}
+
+
+def public_key(private: str) -> bytes:
+    """Derive the public half of a PEM. Raises ValueError."""
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - as slow as an SDK
+
+    text = private.replace("\\n", "\n").strip().encode() + b"\n"
+    load = serialization.load_pem_private_key
+    if b"OPENSSH PRIVATE KEY" in text:
+        load = serialization.load_ssh_private_key
+    try:
+        key = load(text, password=None)
+    except Exception as error:
+        msg = f"no private key without a passphrase: {error}"
+        raise ValueError(msg) from error
+    return key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+
+
+def _delete(bucket: Bucket, kind: str, key: str, name: str) -> None:
+    """Delete one of EC2's things.
+
+    We may only delete what has our tag; of what isn't there EC2 says that we may not, too.
+    """
+    identifier, call = str(bucket.task.id), bucket.session.call
+    try:
+        call("ec2", f"delete_{kind}", **{key: identifier})
+    except NotFound:
+        return
+    except CredentialsError:
+        filters = [{"Name": name, "Values": [identifier]}]
+        found = call("ec2", f"describe_{kind}s", Filters=filters)
+        if any(isinstance(value, list) and value for value in found.values()):
+            raise
+
+
+def _open(session: Session, prefix: str) -> store.Store:
+    name = Shared(session).bucket
+    return store.Store(f"s3://{name}/{prefix}?region={session.region}", session.credentials)
