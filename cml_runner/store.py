@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,15 +21,15 @@ from cml_runner.errors import CredentialsError, NotFound, RunnerError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from obstore.store import ObjectStore
+    from obstore.store import ObjectStore, RetryConfig
 
     from cml_runner.model import Job
 
 T = TypeVar("T")
 
+PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30)}
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
 LEFT = "left-"
-TIMEOUT = "30s"  # of one request
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
@@ -88,7 +89,7 @@ class Store:
             options["credential_provider"] = self._credentials
         address = parts._replace(query="", fragment="").geturl()
         with _translated(self.url):
-            return from_url(address, client_options={"timeout": TIMEOUT}, **options)
+            return from_url(address, retry_config=PATIENCE, **options)
 
     def claim(self, key: str, content: bytes) -> bool:
         """Put an object there unless there is one; False if there is. Only one of many wins."""

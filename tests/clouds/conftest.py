@@ -18,12 +18,14 @@ from cml_runner.clouds import local
 from cml_runner.clouds.local.processes import VARIABLE, Process, alive, find
 from cml_runner.errors import NotReady
 from cml_runner.model import Identifier, Task
+from tests.clouds.aws_rig import rig as aws
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from cml_runner.clouds import Plan
     from cml_runner.model import Happening, Notice
+    from tests.clouds.aws_rig import AwsRig
 
 T = TypeVar("T")
 
@@ -143,6 +145,11 @@ def directory(plan: Plan) -> Path:
 def messages(plan: Plan, kind: str) -> list[str]:
     events: list[Happening] = plan.group.events()
     return [event.message for event in events if event.kind == kind]
+
+
+@pytest.fixture
+def aws_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[AwsRig]:
+    yield from aws(monkeypatch)
 
 
 @pytest.fixture

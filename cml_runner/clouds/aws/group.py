@@ -74,7 +74,8 @@ class Group:
         self.fresh = self.empty = True
         with ThreadPoolExecutor(1) as pool:
             balanced = pool.submit(self._suspend)
-            self._schedule(self.bucket.task.expires)
+            if self.bucket.task.expires:
+                self._schedule(self.bucket.task.expires)
             balanced.result()
         return True
 
@@ -90,7 +91,7 @@ class Group:
 
     def resize(self, count: int) -> None:
         """Start machines now, and see why not; of a group that has some, change the number."""
-        if self.empty and count:
+        if self.empty and 0 < count <= self.bucket.task.count:
             Ladder(self, count).climb()
             self.empty = False
             return

@@ -18,8 +18,6 @@ from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, RunnerE
 from cml_runner.model import Lease
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from cml_runner.clouds import Resource
     from cml_runner.clouds.aws.session import Session
     from cml_runner.clouds.aws.site import Site
@@ -38,7 +36,7 @@ class Claim:
     created: datetime
     expires: datetime | None
     launched: bool = False
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 def leases(session: Session) -> store.Store:
@@ -107,7 +105,7 @@ class Bucket:
     def _claim(self) -> bool:
         """Put it with a call which makes sure whose bucket this is: its name can be guessed."""
         now = datetime.now(timezone.utc)
-        content = Claim(created=now, expires=self.task.expires, tags=self.task.tags)
+        content = Claim(created=now, expires=self.task.expires, tags=dict(self.task.tags))
         try:
             self.session.call(
                 "s3",
