@@ -33,7 +33,11 @@ class Workdir:
     def create(self) -> None:
         """Make it, or take what a dead one of us has left. Raises AlreadyExists."""
         ours = not self.path.exists() or (self.path / MARKER).exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(self.path.parents):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                parent.chmod(0o755)  # an agent under another account has to get through
+        self.path.mkdir(exist_ok=True)
         lock = (self.path / LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

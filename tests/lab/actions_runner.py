@@ -13,15 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 
 LAB = Path(__file__).parent
-START = f"""\
-#!{sys.executable} -ISB
+START = """\
+#!{2} -ISB
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tests.lab.actions_runner_program import {{0}}
+from tests.lab.actions_runner_program import {0}
 
-sys.exit({{0}}.main({{1}}))
+sys.exit({0}.main({1}))
 """
 CONFIG = """\
 #!/bin/sh
@@ -43,13 +43,15 @@ esac
 
 
 @lru_cache(maxsize=8)
-def build(version: str = "2.337.0", arch: str = "x64") -> tuple[bytes, str]:
+def build(
+    version: str = "2.337.0", arch: str = "x64", python: str = sys.executable
+) -> tuple[bytes, str]:
     """Make actions-runner-linux-ARCH-VERSION.tar.gz; return its bytes and their SHA-256."""
     files = {
         "config.sh": CONFIG,
         "run.sh": RUN,
-        "bin/Runner.Listener": START.format("listener", "sys.argv[1:]"),
-        "bin/Runner.Worker": START.format("worker", ""),
+        "bin/Runner.Listener": START.format("listener", "sys.argv[1:]", python),
+        "bin/Runner.Worker": START.format("worker", "", python),
         "bin/stand-in": f"{version} {arch}\n",
     }
     for path in sorted((LAB / "actions_runner_program").glob("*.py")):

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ class GitHub(State):
     def __init__(self) -> None:
         super().__init__()
         self.version = "2.337.0"  # of the newest runner program
+        self.python = sys.executable  # where the runner program is started
+        self.address = ""  # by which programs know it, if there is a proxy before it
         self.checksum = ""  # given for it in place of the right one
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
@@ -81,6 +84,11 @@ class GitHub(State):
     @property
     def url(self) -> str:
         """What people type; repositories are found right below it."""
+        return self.address or self.own_url
+
+    @property
+    def own_url(self) -> str:
+        """Where it really is."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     @property
@@ -127,7 +135,7 @@ class GitHub(State):
 
     def package(self, version: str = "", arch: str = "x64") -> tuple[bytes, str]:
         """Return the stand-in's tarball and its SHA-256."""
-        return actions_runner.build(version or self.version, arch)
+        return actions_runner.build(version or self.version, arch, self.python)
 
     def sums(self) -> dict[str, str]:
         """Return the checksums which are published for the newest version."""
@@ -263,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _call(self, gh: GitHub) -> Call:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         split = urlsplit(self.path)
-        html = f"http://{self.headers.get('Host') or gh.url.partition('//')[2]}"
+        html = gh.address or f"http://{self.headers.get('Host') or gh.own_url.partition('//')[2]}"
         prefix = "/api/v3" if split.path.startswith("/api/v3") else ""
         is_json = "json" in self.headers.get("Content-Type", "json")
         return Call(

@@ -1,0 +1,65 @@
+"""Get what the lab's machines are made of, once: ``python -m tests.lab.prepare DIRECTORY``.
+
+Needs root, mmdebstrap and the package indexes that apt and pip use here. Puts there:
+
+    bookworm/       a root file system like that of a cloud's image
+    wheels/         our own package and all that a machine on AWS installs with it
+    uv.tar.gz       as uv's releases are
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SUITE = "bookworm"
+PYTHON = "3.11"  # the suite's
+PACKAGES = (
+    *("systemd", "systemd-sysv", "dbus", "udev", "cloud-init", "iproute2", "netbase", "procps"),
+    *("curl", "ca-certificates", "openssh-server", "sudo", "iptables"),
+)
+
+
+def main(directory: Path) -> None:
+    """Make what isn't there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    system = directory / SUITE
+    if not system.exists():
+        new = directory / f"{SUITE}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        _run("mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(new))
+        new.rename(system)
+    wheels = directory / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)  # ours changes all the time
+    pip = (sys.executable, "-m", "pip")
+    _run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
+    (own,) = wheels.glob("*.whl")
+    only = ("--only-binary=:all:", "--python-version", PYTHON, "--dest", str(wheels))
+    _run(*pip, "download", "--quiet", *only, f"{own}[aws]", "uv")
+    _pack(next(wheels.glob("uv-*.whl")), directory / "uv.tar.gz")
+
+
+def _pack(wheel: Path, archive: Path) -> None:
+    """Make a release's archive of the program that a wheel of uv holds."""
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith("/scripts/uv"))
+        content = files.read(name)
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        entry = tarfile.TarInfo("uv-x86_64-unknown-linux-gnu/uv")
+        entry.size, entry.mode = len(content), 0o755
+        tar.addfile(entry, io.BytesIO(content))
+
+
+def _run(*command: str) -> None:
+    print(" ".join(command[:6]), "…", flush=True)
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,213 @@
+"""A region of AWS with machines that really boot, GitHub, and an index of packages: all of the lab.
+
+    with Region(prepared, directory) as region:
+        region.cli("launch", "--cloud", "aws", …)
+
+Everything has the name that it has in the world, but for GitHub, which is an Enterprise Server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+from contextlib import ExitStack, suppress
+from datetime import datetime, timezone
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from tests.lab.aws import AWS
+from tests.lab.github import GitHub
+from tests.lab.internet import Internet
+from tests.lab.machines import Machine
+from tests.lab.prepare import SUITE
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from tests.lab.aws.instances import Instance
+
+PACKAGES, FORGE = "packages.lab.example", "git.lab.example"
+TOOLS = ("systemd-nspawn", "ip", "nsenter", "mount")
+HOP = ("connection", "keep-alive", "transfer-encoding", "content-length")
+
+
+def missing(prepared: Path) -> str:
+    """Say why the lab can't be had here; empty if it can."""
+    if os.geteuid():
+        return "needs root"
+    if tools := [name for name in TOOLS if not shutil.which(name)]:
+        return f"needs {', '.join(tools)}"
+    if not (prepared / "uv.tar.gz").exists():
+        return "needs LAB_DIRECTORY, as made by python -m tests.lab.prepare"
+    return ""
+
+
+class Region:
+    """All of it."""
+
+    def __init__(self, prepared: Path, directory: Path) -> None:
+        self.prepared, self.directory = prepared, directory
+        self.machines: dict[str, Machine] = {}
+        self.consoles: dict[str, list[str]] = {}
+        self.booted: dict[str, datetime] = {}
+        self._numbers = count(1)
+        self._stack = ExitStack()
+        self.internet = Internet(directory)
+        self.aws = AWS(self)
+        self.github = GitHub()
+
+    def __enter__(self) -> Region:
+        self.internet = self._stack.enter_context(self.internet)
+        self.aws = self._stack.enter_context(self.aws)
+        self.github = self._stack.enter_context(self.github)
+        self._stack.callback(self._end_all)
+        self.github.address = f"https://{FORGE}"
+        self.github.python = "/usr/bin/python3"
+        self.github.poll, self.github.offline_after, self.github.lost_after = 0.5, 2, 3
+        self.github.add_repository("acme/model")
+        self.token = self.github.add_token("repo", "workflow")
+        self.internet.serve("amazonaws.com", self.aws.app)
+        self.internet.serve("checkip.amazonaws.com", _address)
+        self.internet.serve(FORGE, _proxy(self.github.own_url))
+        self.internet.serve(PACKAGES, self._package)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def repo(self) -> str:
+        """The repository for which runners are launched."""
+        return f"https://{FORGE}/acme/model"
+
+    def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
+        """Name the variables of a launcher."""
+        found = keys or self.aws.admin
+        uv = hashlib.sha256((self.prepared / "uv.tar.gz").read_bytes()).hexdigest()
+        return {
+            "AWS_ACCESS_KEY_ID": found["id"],
+            "AWS_SECRET_ACCESS_KEY": found["secret"],
+            "AWS_SESSION_TOKEN": found["token"],
+            "REPO_TOKEN": self.token,
+            "CML_RUNNER_DRIVER": "github",
+            "CML_RUNNER_REPO": self.repo,
+            "CML_RUNNER_MACHINE_PACKAGE_INDEX": f"https://{PACKAGES}/simple/",
+            "CML_RUNNER_MACHINE_UV": f"https://{PACKAGES}/uv.tar.gz#sha256={uv}",
+        }
+
+    def cli(
+        self, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the program on somebody's laptop in this internet."""
+        command = [sys.executable, "-m", "cml_runner", *arguments]
+        return self.internet.run(command, {**self.environment(), **(environment or {})})
+
+    # The machines of AWS
+
+    def start(self, instance: Instance) -> None:
+        """Boot one."""
+        number = next(self._numbers)
+        lines = self.consoles[instance.id] = []
+
+        def say(line: str) -> None:
+            lines.append(line)
+            self.aws.instances.lives[instance.id].console += line
+
+        machine = Machine(
+            instance,
+            self.internet,
+            self.prepared / SUITE,
+            self.directory / f"machine-{number}",
+            number,
+            say,
+            lambda: self.aws.instances.powered_off(instance.id),
+        )
+        metadata = self.aws.metadata(instance.id, first=True)
+        self.internet.metadata(instance.address, metadata)
+        self.machines[instance.id] = machine
+        self.booted[instance.id] = datetime.now(timezone.utc)
+        machine.start()
+
+    def end(self, instance: str) -> None:
+        """Take its power away."""
+        self.machines[instance].end()
+
+    def alive(self) -> list[Machine]:
+        """List the machines that run, the oldest first."""
+        lives = self.aws.instances.lives
+        return [machine for name, machine in self.machines.items() if not lives[name].ended]
+
+    def _end_all(self) -> None:
+        for machine in self.machines.values():
+            with suppress(RuntimeError):
+                machine.end()
+
+    def _package(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        """Be a simple index, as PEP 503 has it."""
+        parts = environ["PATH_INFO"].strip("/").split("/")
+        wheels = self.prepared / "wheels"
+        content, kind = b"", "application/octet-stream"
+        if parts[0] == "simple" and len(parts) == 2:
+            found = [one for one in wheels.iterdir() if _project(one.name) == parts[1]]
+            links = "".join(f'<a href="/files/{one.name}">{one.name}</a>\n' for one in found)
+            content, kind = (
+                f"<!DOCTYPE html><html><body>{links}</body></html>".encode(),
+                "text/html",
+            )
+            if not found:
+                content = b""
+        elif parts[0] == "files" and (wheels / parts[-1]).exists():
+            content = (wheels / parts[-1]).read_bytes()
+        elif parts == ["uv.tar.gz"]:
+            content = (self.prepared / "uv.tar.gz").read_bytes()
+        status = "200 OK" if content else "404 Not Found"
+        start(status, [("Content-Type", kind), ("Content-Length", str(len(content)))])
+        return [content]
+
+
+def _project(wheel: str) -> str:
+    return wheel.partition("-")[0].lower().replace("_", "-").replace(".", "-")
+
+
+def _address(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    """Tell who asks from where: an address that is kept for documentation."""
+    assert environ
+    content = b"203.0.113.7\n"
+    start("200 OK", [("Content-Length", str(len(content)))])
+    return [content]
+
+
+def _proxy(url: str) -> Callable[..., Iterable[bytes]]:
+    """Hand everything on to a server on this computer."""
+    host = urlsplit(url).netloc
+
+    def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        headers = {
+            name[5:].replace("_", "-"): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_") and name != "HTTP_HOST"
+        }
+        if environ.get("CONTENT_TYPE"):
+            headers["Content-Type"] = environ["CONTENT_TYPE"]
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        query = f"?{environ['QUERY_STRING']}" if environ.get("QUERY_STRING") else ""
+        connection = http.client.HTTPConnection(host, timeout=120)
+        try:
+            path = environ.get("RAW_URI", environ["PATH_INFO"] + query)
+            connection.request(environ["REQUEST_METHOD"], path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            kept = [one for one in answer.getheaders() if one[0].lower() not in HOP]
+            length = answer.getheader("Content-Length") or str(len(content))
+            start(f"{answer.status} {answer.reason}", [*kept, ("Content-Length", length)])
+            return [content]
+        finally:
+            connection.close()
+
+    return application
