@@ -86,7 +86,7 @@ MACHINE = """\
 # Prepares this machine for cml-runner {version}, and starts its supervisor.
 set -eu
 umask 022
-export HOME=/root LANG=C.UTF-8 UV_NATIVE_TLS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1
+export HOME=/root LANG=C.UTF-8 UV_NATIVE_TLS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1 UV_HTTP_RETRIES=8
 log=/var/log/cml-runner-bootstrap.log
 step=beginning
 exec >"$log" 2>&1
@@ -142,13 +142,9 @@ with open("/opt/cml-runner-uv/uv", "wb") as file:
 END
   chmod 755 /opt/cml-runner-uv/uv
   step='installing cml-runner'
-  for pause in 2 10 30 0; do
-    /opt/cml-runner-uv/uv venv --quiet --allow-existing --python '>=3.10' /opt/cml-runner &&
-      /opt/cml-runner-uv/uv pip install --quiet --python /opt/cml-runner/bin/python \\
-        {index}{requirement} && break
-    [ "$pause" != 0 ]
-    sleep "$pause"
-  done
+  /opt/cml-runner-uv/uv venv --quiet --python '>=3.10' /opt/cml-runner
+  /opt/cml-runner-uv/uv pip install --quiet --python /opt/cml-runner/bin/python \\
+    {index}{requirement}
   rm -rf /opt/cml-runner-uv
 fi
 

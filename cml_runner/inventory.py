@@ -142,8 +142,8 @@ def find(text: str, cloud: str = "", region: str = "") -> Found:
         try:
             if found.bucket.ranks():
                 return found
-        except (CredentialsError, MissingDependency):
-            if cloud:
+        except RunnerError:
+            if cloud and region:
                 raise
     msg = f"no runner {text} is there, nor a record of one"
     raise NotFound(msg)

@@ -214,6 +214,9 @@ def _translated(url: str) -> Iterator[None]:
         msg = f"no access to {url}: {_first_line(error)}"
         raise CredentialsError(msg) from error
     except (exceptions.BaseError, PermissionError) as error:
+        if "AccessDenied" in str(error):  # S3 says it, but not everywhere is it understood
+            msg = f"no access to {url}: {_first_line(error)}"
+            raise CredentialsError(msg) from error
         msg = f"{url}: {_first_line(error)}"
         raise RunnerError(msg) from error
 

@@ -205,5 +205,6 @@ def _summary(launched: Launch) -> str:
     state = "online" if order.wait else "on its way"
     return (
         f"{', '.join(order.names)}: {state} after {spent:.1f} s; "
-        f"cml-runner logs -f {order.id} shows what it does"
+        f"cml-runner logs -f {order.id} --cloud {order.cloud} --cloud-region {launched.region}"
+        " shows what it does"
     )

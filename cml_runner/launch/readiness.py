@@ -128,8 +128,11 @@ class Wait:
     def _tail(self) -> str:
         """The last lines of the first machine that has any to show; else of a console."""
         logs = (self.bucket.log(rank) for rank in range(self.order.count))
-        text = next(filter(None, logs), "") or self._console()
-        return "".join(f"\n  {line}" for line in text.splitlines()[-TAIL:])
+        lines = next(filter(None, logs), "").splitlines()[-TAIL:]
+        if not lines:
+            _, found, after = self._console().rpartition(bootstrap.FAILED)
+            lines = f"{found}{after}".splitlines()[:TAIL] if found else after.splitlines()[-TAIL:]
+        return "".join(f"\n  {line}" for line in lines)
 
     def _console(self) -> str:
         with suppress(RunnerError):  # it is what we have to tell, not what went wrong

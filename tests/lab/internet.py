@@ -33,7 +33,7 @@ GATEWAY, METADATA = "10.213.0.1", "169.254.169.254"
 NAMES = (
     *("*.amazonaws.com", "*.us-west-2.amazonaws.com", "*.s3.us-west-2.amazonaws.com"),
     *("*.us-east-1.amazonaws.com", "*.s3.us-east-1.amazonaws.com", "*.lab.example"),
-    *("github.com", "*.github.com"),
+    *("*.eu-west-1.amazonaws.com", "*.eu-north-1.amazonaws.com"),
 )
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 NUMBERS = count(1)
@@ -103,14 +103,14 @@ class Internet:
     def run(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run something in there, for a minute at most."""
+        """Run something in there, for two minutes at most."""
         return subprocess.run(
             self.command(*command),
             env={**os.environ, **self.trust(), **(environment or {})},
             check=False,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     def _open(self) -> None:

@@ -72,6 +72,9 @@ class Machine:
     def end(self) -> None:
         """Take its power away, and all that it was made of."""
         self._over.set()
+        for process in self.processes()[:1]:  # with its init all of a container ends
+            with suppress(psutil.Error):
+                process.kill()
         if self._process:
             self._process.kill()
         if threading.current_thread() is not self._thread:
@@ -107,6 +110,18 @@ class Machine:
                 seen = [*process.cmdline(), *process.environ().values()]
                 found += [process.name()] if any(secret in text for text in seen) else []
         return found
+
+    def remembers(self, program: str, secret: str) -> bool:
+        """Say if a process with this word among its arguments has the secret in its memory."""
+        (process,) = (one for one in self.processes() if program in one.cmdline())
+        with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
+            for area in process.memory_maps(grouped=False):
+                first, last = (int(text, 16) for text in area.addr.split("-"))
+                with suppress(OSError, ValueError, OverflowError):
+                    memory.seek(first)
+                    if secret.encode() in memory.read(last - first):
+                        return True
+        return False
 
     @property
     def _upper(self) -> Path:
@@ -186,8 +201,9 @@ class Machine:
             start_new_session=True,
         )
         assert self._process.stdout
-        for line in self._process.stdout:
-            self._said(COLOURS.sub("", line))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._said(COLOURS.sub("", line))
         self._process.wait()
 
     def _remove(self) -> None:

@@ -61,6 +61,7 @@ class Region:
         self.internet = Internet(directory)
         self.aws = AWS(self)
         self.github = GitHub()
+        self.launcher: dict[str, str] = {}  # keys; empty: those of an administrator
 
     def __enter__(self) -> Region:
         self.internet = self._stack.enter_context(self.internet)
@@ -88,7 +89,7 @@ class Region:
 
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables of a launcher."""
-        found = keys or self.aws.admin
+        found = keys or self.launcher or self.aws.admin
         uv = hashlib.sha256((self.prepared / "uv.tar.gz").read_bytes()).hexdigest()
         return {
             "AWS_ACCESS_KEY_ID": found["id"],
@@ -137,6 +138,11 @@ class Region:
     def end(self, instance: str) -> None:
         """Take its power away."""
         self.machines[instance].end()
+
+    def said(self) -> str:
+        """Return the last lines of every console, to tell what went wrong."""
+        texts = [f"{name}:\n{''.join(lines[-25:])}" for name, lines in self.consoles.items()]
+        return "\n".join(texts)
 
     def alive(self) -> list[Machine]:
         """List the machines that run, the oldest first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -14,7 +15,7 @@ import msgspec
 
 from cml_runner import bootstrap, store
 from cml_runner.clouds.aws.account import LEASES, ROLE, TAG, TASKS, Shared
-from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, RunnerError
+from cml_runner.errors import AlreadyExists, NotFound, RunnerError
 from cml_runner.model import Lease
 
 if TYPE_CHECKING:
@@ -296,20 +297,16 @@ def public_key(private: str) -> bytes:
 
 
 def _delete(bucket: Bucket, kind: str, key: str, name: str) -> None:
-    """Delete one of EC2's things.
+    """Delete one of EC2's things, if it is there.
 
-    We may only delete what has our tag; of what isn't there EC2 says that we may not, too.
+    We may only delete what has our tag; of what isn't there EC2 would say that we may not.
     """
     identifier, call = str(bucket.task.id), bucket.session.call
-    try:
-        call("ec2", f"delete_{kind}", **{key: identifier})
-    except NotFound:
-        return
-    except CredentialsError:
-        filters = [{"Name": name, "Values": [identifier]}]
-        found = call("ec2", f"describe_{kind}s", Filters=filters)
-        if any(isinstance(value, list) and value for value in found.values()):
-            raise
+    filters = [{"Name": name, "Values": [identifier]}]
+    found = call("ec2", f"describe_{kind}s", Filters=filters)
+    if any(isinstance(value, list) and value for value in found.values()):
+        with suppress(NotFound):
+            call("ec2", f"delete_{kind}", **{key: identifier})
 
 
 def _open(session: Session, prefix: str) -> store.Store:

@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import threading
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +164,11 @@ class AWS:
         if name not in [one["Name"] for one in s3.list_buckets()["Buckets"]]:
             return {}
         keys = [one["Key"] for one in s3.list_objects_v2(Bucket=name).get("Contents", [])]
-        return {key: s3.get_object(Bucket=name, Key=key)["Body"].read() for key in keys}
+        found = {}
+        for key in keys:
+            with suppress(s3.exceptions.NoSuchKey):  # it has just been deleted
+                found[key] = s3.get_object(Bucket=name, Key=key)["Body"].read()
+        return found
 
     @cached_property
     def _types(self) -> set[str]:
