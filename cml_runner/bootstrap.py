@@ -78,7 +78,7 @@ Persistent=true
 WantedBy=timers.target
 END
 systemctl daemon-reload
-systemctl enable --now cml-runner-deadline.timer
+systemctl enable --quiet --now cml-runner-deadline.timer
 """
 
 MACHINE = """\
@@ -106,11 +106,14 @@ watch=$!
 
 {deadline}
 step='stopping automatic upgrades'
-systemctl mask --now apt-daily.timer apt-daily-upgrade.timer unattended-upgrades.service || true
+systemctl mask --quiet --now apt-daily.timer apt-daily-upgrade.timer \\
+  unattended-upgrades.service || true
 
 installed() {{
-  /opt/cml-runner/bin/python -c \\
-    'import sys, cml_runner; sys.exit(cml_runner.__version__ != sys.argv[1])' {version}
+  [ -x /opt/cml-runner/bin/python ] && /opt/cml-runner/bin/python - {version} <<'END'
+import sys, cml_runner
+sys.exit(cml_runner.__version__ != sys.argv[1])
+END
 }}
 if ! installed; then
   step='downloading uv'
@@ -151,7 +154,7 @@ fi
 step='starting the supervisor'
 {units}
 systemctl daemon-reload
-systemctl enable cml-runner.service
+systemctl enable --quiet cml-runner.service
 systemctl start --no-block cml-runner.service
 trap - EXIT
 kill "$watch" || true

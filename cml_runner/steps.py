@@ -56,18 +56,25 @@ def create(resources: Sequence[Resource], claim: Resource | None = None) -> list
 def delete(resources: Sequence[Resource]) -> None:
     """Delete every resource that can be deleted, users before what they use.
 
+    What is used by one that could not be deleted stays too: by it the rest will be found again.
     Raises CleanupFailed, at the end, with all that could not be deleted.
     """
     failures: list[tuple[str, Exception]] = []
+    staying: list[Resource] = []
     number = count(1)
 
     def one(resource: Resource) -> None:
+        if any(need is resource for user in staying for need in user.needs):
+            log.info("keeping %s", resource.label)
+            staying.append(resource)
+            return
         log.info("[%d/%d] deleting %s", next(number), len(resources), resource.label)
         try:
             resource.delete()
         except Exception as error:
             log.debug("deleting %s", resource.label, exc_info=True)
             failures.append((resource.label, error))
+            staying.append(resource)
 
     users: dict[int, list[int]] = {index: [] for index in range(len(resources))}
     for index, needs in _needs(resources).items():

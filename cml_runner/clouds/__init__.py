@@ -68,7 +68,10 @@ class Group(Resource, Protocol):
         """
 
     def console(self) -> str:
-        """Return what the machine that came last has written to its console, as far as known."""
+        """Return the console of the machine that ended last or, if none has, of the youngest.
+
+        It may be incomplete, or not be known yet.
+        """
 
 
 class Bucket(Resource, Protocol):

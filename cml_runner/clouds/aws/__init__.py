@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import clouds
+from cml_runner import bootstrap, clouds
 from cml_runner.clouds.aws import account, catalogue, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
@@ -147,6 +147,7 @@ class Cloud:
             except ConfigurationError as error:
                 mistakes += error.mistakes
         mistakes += _mistakes(task)
+        mistakes += _too_long(task)
         if mistakes or image is None:
             raise ConfigurationError(*mistakes)
         return Site(self._session, task, types, image)
@@ -167,6 +168,15 @@ def _mistakes(task: Task) -> list[str]:
         except ValueError as error:
             found.append(f"--cloud-ssh-private: {error}")
     return found
+
+
+def _too_long(task: Task) -> list[str]:
+    """Write a start script for an account whose number we don't know yet."""
+    try:
+        bootstrap.machine(f"s3://cml-runner-{'0' * 12}/{task.id}", task.program, task.expires)
+    except ConfigurationError as error:
+        return list(error.mistakes)
+    return []
 
 
 def _insist(action: Callable[[], None], sleep: Callable[[float], None] = time.sleep) -> None:

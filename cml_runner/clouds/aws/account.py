@@ -16,7 +16,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cml_runner.errors import AlreadyExists, CredentialsError, NotFound
+from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,12 +101,14 @@ class Shared:
         """Have AWS make its own roles now, so that a launcher doesn't need the right to."""
         new = False
         for service in ("autoscaling.amazonaws.com", "spot.amazonaws.com"):
-            name = {"autoscaling.amazonaws.com": "AutoScaling", "spot.amazonaws.com": "EC2Spot"}
             try:
-                self._session.call("iam", "get_role", RoleName=f"AWSServiceRoleFor{name[service]}")
-            except NotFound:
                 self._session.call("iam", "create_service_linked_role", AWSServiceName=service)
                 new = True
+            except AlreadyExists:
+                continue
+            except RunnerError as error:
+                if "has been taken in this account" not in str(error):
+                    raise
         return new
 
     def _role(self) -> bool:
@@ -175,10 +177,11 @@ class Shared:
         return str(found[0]["VpcId"]) if found else ""
 
     def _bucket(self) -> bool:
-        region, new = self._session.region, True
-        # The oldest region has no name here.
-        place = {} if region == "us-east-1" else {"LocationConstraint": region}
-        try:
+        new = not self._has_bucket()
+        if new:
+            # The oldest region has no name here.
+            region = self._session.region
+            place = {} if region == "us-east-1" else {"LocationConstraint": region}
             self._session.call(
                 "s3",
                 "create_bucket",
@@ -186,13 +189,17 @@ class Shared:
                 ObjectOwnership="BucketOwnerEnforced",
                 **({"CreateBucketConfiguration": place} if place else {}),
             )
-        except AlreadyExists as error:
-            if "BucketAlreadyOwnedByYou" not in str(error):
-                msg = f"the bucket {self.bucket} belongs to somebody else: {error}"
-                raise CredentialsError(msg) from error
-            new = False
         self._configure()
         return new
+
+    def _has_bucket(self) -> bool:
+        """Look for it. Raises CredentialsError if it is somebody else's."""
+        owner = self._session.account.id
+        try:
+            self._session.call("s3", "head_bucket", Bucket=self.bucket, ExpectedBucketOwner=owner)
+        except NotFound:
+            return False
+        return True
 
     def _configure(self) -> None:
         """Close the bucket to the world, and have it forget."""
@@ -253,7 +260,7 @@ def machine_policy(account: str, partition: str = "aws") -> dict[str, Any]:
             {
                 "Sid": "ListObjects",
                 "Effect": "Allow",
-                "Action": "s3:ListBucket",
+                "Action": ["s3:ListBucket"],
                 "Resource": ours,
                 "Condition": mine,
             },

@@ -141,9 +141,12 @@ class Group:
         self.session.call("ec2", "create_tags", Resources=[name], Tags=[tag])
 
     def console(self) -> str:
-        """Return the console of the machine that came last and has written anything."""
-        found = sorted(self._instances(), key=lambda one: str(one["LaunchTime"]), reverse=True)
-        for one in found:
+        """Ask for one console after the other, until one has anything written on it."""
+
+        def order(one: dict[str, Any]) -> tuple[bool, str]:
+            return one["State"]["Name"] not in STATUS, str(one["LaunchTime"])
+
+        for one in sorted(self._instances(), key=order, reverse=True):
             if text := self._console(one["InstanceId"]):
                 return text
         return ""

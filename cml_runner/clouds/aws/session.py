@@ -43,7 +43,7 @@ QUOTA = frozenset(
 PERMISSION = frozenset(
     {
         *("UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "OptInRequired"),
-        *("PendingVerification", "Blocked", "AllAccessDisabled"),
+        *("PendingVerification", "Blocked", "AllAccessDisabled", "403"),
     }
 )
 CREDENTIALS = frozenset(

@@ -87,6 +87,7 @@ class Site:
         if self.address:
             shared.open_ssh(self.network, self.address)
             self._forget("_groups")
+        self.security_groups  # noqa: B018
 
     @cached_property
     def image(self) -> Image:

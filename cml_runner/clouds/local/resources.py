@@ -219,11 +219,15 @@ class Group:
 
     @files.translated()
     def console(self) -> str:
-        """Read what the youngest machine has written."""
-        machines = [path / "console.log" for path in records.machines(self.directory)]
-        written = [path for path in machines if path.exists()]
-        newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
-        return newest.read_text(errors="replace") if newest else ""
+        """Read the console of the one which ended last, or of the youngest."""
+        machines = list(records.machines(self.directory))
+        written = [path for path in machines if (path / "console.log").exists()]
+
+        def order(path: Path) -> tuple[bool, float]:
+            return (path / "ended").exists(), (path / "console.log").stat().st_mtime
+
+        newest = max(written, key=order, default=None)
+        return (newest / "console.log").read_text(errors="replace") if newest else ""
 
     @property
     def _missing(self) -> NotFound:

@@ -228,6 +228,8 @@ class Front:
         place = f"arn:aws:autoscaling:{call.region}:{ACCOUNT}:autoScalingGroup:uuid"
         yield Request(action, f"{place}:autoScalingGroupName/{name}")
         if call.action == "CreateAutoScalingGroup":  # it acts in the caller's name
+            arn = f"{place}:autoScalingGroupName/{name}"
+            yield Request("autoscaling:CreateOrUpdateTags", arn)
             ec2 = f"arn:aws:ec2:{call.region}:{ACCOUNT}"
             yield Request(
                 "ec2:RunInstances",
