@@ -86,8 +86,14 @@ class Group:
 
     def discard(self) -> None:
         """Begin to delete it with its machines."""
-        with suppress(NotFound):
+        try:
             self._call("delete_auto_scaling_group", ForceDelete=True)
+        except NotFound:
+            return
+        except RunnerError:
+            found = self._describe()
+            if found and not found.get("Status"):  # it isn't being deleted already
+                raise
 
     def resize(self, count: int) -> None:
         """Start machines now, and see why not; of a group that has some, change the number."""

@@ -140,9 +140,8 @@ class AWS:
     def left(self, region: str = REGION) -> list[str]:
         """List what costs money, or is secret."""
         ec2 = self._client("ec2", region)
-        found = [
-            f"instance {name}" for name, life in self.instances.lives.items() if not life.ended
-        ]
+        lives = [one for one in self.instances.lives.values() if one.instance.region == region]
+        found = [f"instance {life.instance.id}" for life in lives if not life.ended]
         found += [
             f"volume {one['VolumeId']}"
             for one in ec2.describe_volumes()["Volumes"]
@@ -153,7 +152,7 @@ class AWS:
             for one in ec2.describe_launch_templates()["LaunchTemplates"]
         ]
         found += [f"key {one['KeyName']}" for one in ec2.describe_key_pairs()["KeyPairs"]]
-        found += [f"group {name}" for _, name in self.groups.groups]
+        found += [f"group {name}" for place, name in self.groups.groups if place == region]
         objects = self.objects(region)
         return found + [f"object {key}" for key in objects if not _record(key)]
 

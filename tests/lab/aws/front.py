@@ -79,7 +79,8 @@ class Front:
 
     aws: AWS
     moto: Callable[..., Any]
-    latency: float = 0
+    latency: float = 0  # seconds that every call takes longer
+    watch: Callable[[Call], None] = lambda _: None  # is told of every call before it is served
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     principals: dict[str, Principal] = field(default_factory=dict)
@@ -92,6 +93,7 @@ class Front:
         who, problem = principal.arn if principal else "nobody", ""
         if self.latency:
             time.sleep(self.latency)
+        self.watch(call)
         try:
             self._check(call, principal)
             status, headers, content = self._serve(call, environ, body)
