@@ -170,6 +170,7 @@ def seconds(value: float) -> str:
 
 
 def measure(bench: Bench) -> None:
+    from tests import bench_aws
     from tests.worlds import Local, OnGitHub
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -179,6 +180,10 @@ def measure(bench: Bench) -> None:
         launches(bench, Local(bench.root), "local forge", 1, 10)
     with tried("GitHub"), closing(OnGitHub()) as world:
         launches(bench, world, "GitHub", 1)
+    with tried("AWS"):
+        bench_aws.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
+    with tried("AWS, in the lab"):
+        bench_aws.boots(show)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Local:
     secrets = ("not-a-real-t0ken",)
 
     def __init__(self, root: Path) -> None:
-        (root / "forge").mkdir()
+        (root / "forge").mkdir(exist_ok=True)
         self.forge = Forge(str(root / "forge"))
         self.repo = self.forge.url
 

@@ -55,6 +55,8 @@ def plan(launched: Launch) -> dict[str, Any]:
 
 def _addresses(launched: Launch) -> list[str]:
     """Ask the cloud; a launch that succeeded doesn't fail if it doesn't say."""
+    if not launched.order.wait:  # the machines have just been asked for
+        return []
     with suppress(RunnerError):
         instances = launched.plan.group.instances() if launched.plan else []
         return [instance.address for instance in instances if instance.address]
