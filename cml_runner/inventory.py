@@ -208,7 +208,8 @@ def details(found: Found) -> dict[str, Any]:
 def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
     """Yield what each machine has logged: its rank, and some whole lines.
 
-    With `follow` it goes on until the task is over.
+    With `follow` it goes on until the task is over. Of machines that have not got so far, or never
+    did, what they have written to the console is all that there is.
     """
     read: dict[int, int] = {}
     while True:
@@ -221,6 +222,8 @@ def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
                 read[rank] = read.get(rank, 0) + len(whole)
                 yield rank, whole
         if not there:
+            if not read and found.lease and (text := found.plan.group.console()):
+                yield 0, text  # its supervisor hasn't begun to speak
             return
         time.sleep(FOLLOW)
 

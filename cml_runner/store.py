@@ -214,7 +214,10 @@ def _translated(url: str) -> Iterator[None]:
         msg = f"no access to {url}: {_first_line(error)}"
         raise CredentialsError(msg) from error
     except (exceptions.BaseError, PermissionError) as error:
-        if "AccessDenied" in str(error):  # S3 says it, but not everywhere is it understood
+        # What S3 says isn't understood everywhere.
+        if "NoSuchBucket" in str(error):
+            raise FileNotFoundError(url) from error
+        if "AccessDenied" in str(error):
             msg = f"no access to {url}: {_first_line(error)}"
             raise CredentialsError(msg) from error
         msg = f"{url}: {_first_line(error)}"

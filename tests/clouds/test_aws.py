@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cml_runner import steps
+from cml_runner import inventory, steps
 from cml_runner.clouds.aws import Cloud, account
 from cml_runner.clouds.aws.session import Session
 from cml_runner.errors import (
@@ -507,6 +507,26 @@ def test_a_machine_without_settings_ends_its_group(aws_rig: AwsRig) -> None:
         supervise.run(url)
     until(lambda: aws_rig.aws.left() == [], "all to go", 10)
     assert aws_rig.cloud.tasks() == []
+
+
+def test_a_machine_whose_bucket_is_gone_ends_its_group(aws_rig: AwsRig) -> None:
+    plan = launch(aws_rig)
+    session = Session("us-west-2")
+    for key in aws_rig.aws.objects():
+        session.call("s3", "delete_object", Bucket=account.Shared(session).bucket, Key=key)
+    session.call("s3", "delete_bucket", Bucket=account.Shared(session).bucket)
+    (machine,) = aws_rig.running(plan)
+    aws_rig.leave(plan, machine)
+    until(lambda: aws_rig.aws.left() == [], "all to go", 10)
+
+
+def test_before_it_can_speak_a_machine_has_its_console(aws_rig: AwsRig) -> None:
+    wanted = task(aws_rig)
+    plan = launch(aws_rig, wanted)
+    (machine,) = aws_rig.running(plan)
+    aws_rig.aws.instances.lives[machine].console = "Booting\nStill booting\n"
+    found = inventory.find(str(wanted.id), "aws", "us-west-2")
+    assert list(inventory.logs(found, follow=False)) == [(0, "Booting\nStill booting\n")]
 
 
 def test_leaving_goes_on_until_it_is_done(aws_rig: AwsRig) -> None:

@@ -93,8 +93,11 @@ class Cloud:
 
     @staticmethod
     def machine() -> str:
-        """Return the instance's identifier."""
-        return machine.instance()
+        """Return the instance's identifier. Raises RunnerError where it can't be had."""
+        if found := machine.instance():
+            return found
+        msg = "the metadata service doesn't say which machine this is"
+        raise RunnerError(msg)
 
     @staticmethod
     def notice() -> Notice | None:
@@ -107,7 +110,7 @@ class Cloud:
         It goes on trying: a machine that just powered itself off would be replaced.
         """
         instance = machine.instance()
-        if not instance or machine.tag(account.TAG) != str(identifier):
+        if not instance or not machine.belongs(account.TAG, str(identifier)):
             return
         plan = self._plan(Task(id=identifier), None)
         bucket, group = plan.bucket, plan.group

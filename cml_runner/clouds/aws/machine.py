@@ -82,6 +82,14 @@ def tag(name: str) -> str:
     return metadata().get(f"tags/instance/{name}") or ""
 
 
+def belongs(name: str, value: str) -> bool:
+    """Say if this instance has a tag; if nobody answers, nothing speaks against it."""
+    try:
+        return tag(name) == value
+    except OSError:
+        return True
+
+
 def notice() -> Notice | None:
     """Ask whether this instance will be taken away.
 
