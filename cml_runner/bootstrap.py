@@ -47,8 +47,9 @@ FailureAction=poweroff-force
 ExecStart=/opt/cml-runner/bin/python -m cml_runner.supervise {unit_url}
 Environment=HOME=/root LANG=C.UTF-8
 WorkingDirectory=/root
-UMask=0077
 OOMScoreAdjust=-900
+OOMPolicy=continue
+TasksMax=infinity
 KillMode=mixed
 TimeoutStopSec=100
 StandardOutput=journal+console

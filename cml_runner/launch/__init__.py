@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cml_runner import clouds, steps, store
-from cml_runner.errors import AlreadyExists, NoCapacity, NotFound, NotReady, RunnerError
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    NoCapacity,
+    NotFound,
+    NotReady,
+    RunnerError,
+)
 from cml_runner.launch import readiness
 from cml_runner.model import Settings, Task
 
@@ -74,7 +81,11 @@ def settings(order: Order, forge: Forge) -> Settings:
 
 
 def prepare(order: Order) -> tuple[Forge, Runner | None]:
-    """Make sure that the forge takes us; return the runner which makes a launch needless."""
+    """Make sure that the forge takes us; return the runner which makes a launch needless.
+
+    What makes no sense to the cloud is found out first, since nothing has to be sent for that.
+    """
+    _understood(order)
     forge = order.access.forge()
     forge.check()
     return forge, find(forge.runners(), order)
@@ -137,6 +148,17 @@ def plan(order: Order, region: str, content: Settings | None = None) -> Plan:
         tags={**order.tags, **own},
     )
     return clouds.load(order.cloud, region).plan(task)
+
+
+def _understood(order: Order) -> None:
+    mistakes: dict[str, None] = {}
+    for region in order.regions if order.cloud else ():
+        try:
+            plan(order, region)
+        except ConfigurationError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
+    if mistakes:
+        raise ConfigurationError(*mistakes)
 
 
 def _in_region(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from cml_runner.errors import (
     CleanupFailed,
     ConfigurationError,
     CredentialsError,
+    MissingDependency,
     NoCapacity,
     NotFound,
     RunnerError,
@@ -338,6 +340,14 @@ def test_no_credentials_at_all(aws_rig: AwsRig, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name)
     with pytest.raises(CredentialsError, match="AWS_ACCESS_KEY_ID"):
         Cloud("us-west").tasks()
+
+
+def test_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("boto3", "botocore"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=r"pip install 'cml-runner\[aws\]'"):
+        Cloud("us-west").tasks()
+    assert Cloud("us-west").permissions()  # takes nothing
 
 
 def test_a_bucket_that_is_somebody_elses_gets_nothing(aws_rig: AwsRig) -> None:

@@ -114,13 +114,19 @@ def test_what_is_there_can_be_seen_and_destroyed(
     assert aws_rig.aws.left() == []
 
 
+def test_the_clouds_mistakes_are_told_before_the_forge_is_asked(
+    cli: Cli, environment: Mapping[str, str]
+) -> None:
+    nowhere = {**environment, "CML_RUNNER_REPO": "https://git.example/a/b", "REPO_TOKEN": "x"}
+    more = ("--driver", "github", "--cloud-type", "huge", "--cloud-image", "nonsense")
+    done = cli.run("launch", *IN_REGION, *more, environment=nowhere, code=2)
+    assert "huge" in done.err
+    assert "git.example" not in done.err
+
+
 def test_a_dry_run_makes_nothing(aws_rig: AwsRig, cli: Cli, environment: Mapping[str, str]) -> None:
     before = len(aws_rig.aws.app.calls)
     done = cli.run("launch", *IN_REGION, "--dry-run", environment=environment)
     assert "launch template" in done.json["resources"]
-    wrong = cli.run(
-        "launch", *IN_REGION, "--dry-run", "--cloud-type", "huge", environment=environment, code=2
-    )
-    assert "huge" in wrong.err
     looks = ("Describe", "Get", "List")
     assert all(one.action.startswith(looks) for one in aws_rig.aws.app.calls[before:])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.lab.prepare import SUITES
 from tests.lab.region import Region, missing
 
 if TYPE_CHECKING:
@@ -18,11 +19,17 @@ PREPARED = Path(os.environ.get("LAB_DIRECTORY", "/nonexistent"))
 
 
 @pytest.fixture
-def region(tmp_path: Path) -> Iterator[Region]:
+def suite() -> str:
+    """The release of Debian that machines run."""
+    return next(iter(SUITES))
+
+
+@pytest.fixture
+def region(tmp_path: Path, suite: str) -> Iterator[Region]:
     """A set-up account, whose launcher may do no more than our own policy says."""
     if reason := missing(PREPARED):
         pytest.skip(f"the lab {reason}")
-    with Region(PREPARED, tmp_path) as found:
+    with Region(PREPARED, tmp_path, suite) as found:
         done = found.cli("setup", "aws")
         assert done.returncode == 0, done.stderr
         policy = json.loads(found.cli("permissions", "aws").stdout)

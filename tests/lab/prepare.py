@@ -2,9 +2,9 @@
 
 Needs root, mmdebstrap and the package indexes that apt and pip use here. Puts there:
 
-    bookworm/       a root file system like that of a cloud's image
-    wheels/         our own package and all that a machine on AWS installs with it
-    uv.tar.gz       as uv's releases are
+    bookworm/, trixie/  root file systems like those of a cloud's images
+    wheels/             our own package and all that a machine on AWS installs with it
+    uv.tar.gz           as uv's releases are
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SUITE = "bookworm"
-PYTHON = "3.11"  # the suite's
+SUITES = {"bookworm": "3.11", "trixie": "3.13"}  # and their Python
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "cloud-init", "iproute2", "netbase", "procps"),
     *("curl", "ca-certificates", "openssh-server", "sudo", "iptables"),
@@ -29,20 +28,25 @@ PACKAGES = (
 def main(directory: Path) -> None:
     """Make what isn't there."""
     directory.mkdir(parents=True, exist_ok=True)
-    system = directory / SUITE
-    if not system.exists():
-        new = directory / f"{SUITE}.new"
-        shutil.rmtree(new, ignore_errors=True)
-        _run("mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(new))
-        new.rename(system)
+    for suite in SUITES:
+        _debootstrap(suite, directory / suite)
     wheels = directory / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)  # ours changes all the time
     pip = (sys.executable, "-m", "pip")
     _run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
     (own,) = wheels.glob("*.whl")
-    only = ("--only-binary=:all:", "--python-version", PYTHON, "--dest", str(wheels))
-    _run(*pip, "download", "--quiet", *only, f"{own}[aws]", "uv")
+    for python in SUITES.values():
+        only = ("--only-binary=:all:", "--python-version", python, "--dest", str(wheels))
+        _run(*pip, "download", "--quiet", *only, f"{own}[aws]", "uv")
     _pack(next(wheels.glob("uv-*.whl")), directory / "uv.tar.gz")
+
+
+def _debootstrap(suite: str, system: Path) -> None:
+    if not system.exists():
+        new = system.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        _run("mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", suite, str(new))
+        new.rename(system)
 
 
 def _pack(wheel: Path, archive: Path) -> None:

@@ -23,7 +23,7 @@ from tests.lab.aws import AWS
 from tests.lab.github import GitHub
 from tests.lab.internet import Internet
 from tests.lab.machines import Machine
-from tests.lab.prepare import SUITE
+from tests.lab.prepare import SUITES
 
 if TYPE_CHECKING:
     import subprocess
@@ -51,8 +51,8 @@ def missing(prepared: Path) -> str:
 class Region:
     """All of it."""
 
-    def __init__(self, prepared: Path, directory: Path) -> None:
-        self.prepared, self.directory = prepared, directory
+    def __init__(self, prepared: Path, directory: Path, suite: str = next(iter(SUITES))) -> None:
+        self.prepared, self.directory, self.suite = prepared, directory, suite
         self.machines: dict[str, Machine] = {}
         self.consoles: dict[str, list[str]] = {}
         self.booted: dict[str, datetime] = {}
@@ -123,7 +123,7 @@ class Region:
         machine = Machine(
             instance,
             self.internet,
-            self.prepared / SUITE,
+            self.prepared / self.suite,
             self.directory / f"machine-{number}",
             number,
             say,

@@ -104,6 +104,14 @@ def test_without_sudo_a_job_stays_what_it_is(region: Region) -> None:
     nothing_is_left(region)
 
 
+@pytest.mark.parametrize("suite", ["trixie"])  # all other scenes are played on the older one
+def test_on_another_system(region: Region, suite: str) -> None:
+    submit(region, "train", f"grep {suite} /etc/os-release && sudo id -un")
+    launch(region, "--idle-timeout", "3s")
+    wait(region, lambda: ended(region, "train") == "success", "the job")
+    nothing_is_left(region)
+
+
 def test_who_is_done_leaves_its_peers_alone(region: Region) -> None:
     for number in range(2):
         submit(region, f"job {number}", "sleep 1")
