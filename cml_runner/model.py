@@ -256,7 +256,7 @@ class Settings:
     expires: datetime | None = None
     user: str = ""  # the account that agent and jobs get; empty: the supervisor's own
     sudo: bool = True  # that account may become root
-    workdir: str = ""  # empty: below that account's home, or the current directory
+    workdir: str = ""  # empty: one of our own, or below the current directory
     startup: str = field(default="", repr=False)  # a script to run first
     docker_volumes: tuple[str, ...] = ()
 

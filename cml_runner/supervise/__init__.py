@@ -163,6 +163,7 @@ class Supervisor:
                 if not self.forge:
                     return replace(stop, then="leave", failed=True)
                 self._try_to_unregister()
+                self.workdir.renew()
                 command = self._prepare(self.forge.packages())
 
     def _become_two(self) -> None:
@@ -171,7 +172,7 @@ class Supervisor:
         if settings.user:
             promised = settings.single or not settings.sudo
             self.account = user.prepare(settings.user, sudo=settings.sudo, isolated=promised)
-            self.workdir = Workdir(settings, self.name, self.account.home)
+            self.workdir = Workdir(settings, self.name, self.account)
 
     def _others_may_do_better(self) -> bool:
         """Let the cloud send another machine for an interrupted job; two failures are enough."""

@@ -36,20 +36,24 @@ def startup(script: str, directory: Path) -> None:
         return
     log.info("running the startup script")
     path = directory / "startup"
-    path.write_text(script)
-    path.chmod(0o700)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o700), "w") as file:
+        file.write(script)
     command = [str(path)] if script.startswith("#!") else ["/bin/sh", str(path)]
-    done = subprocess.run(
-        command,
-        check=False,
-        cwd=directory,
-        env=scrubbed(os.environ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=directory,
+            env=scrubbed(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    finally:
+        path.unlink(missing_ok=True)  # jobs needn't know what is in it
     for line in done.stdout.splitlines():
         log.info("| %s", line)
     if done.returncode:

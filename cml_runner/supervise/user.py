@@ -149,7 +149,8 @@ def _keep_powerless(account: pwd.struct_passwd) -> None:
     """Make sure that it can't become root. Raises RunnerError if the image lets it."""
     name = account.pw_name
     SUDOERS.unlink(missing_ok=True)
-    groups = {grp.getgrgid(gid).gr_name for gid in os.getgrouplist(name, account.pw_gid)}
+    gids = os.getgrouplist(name, account.pw_gid)
+    groups = {group.gr_name for group in grp.getgrall() if group.gr_gid in gids}
     ways = [f"it is in the group {group}" for group in sorted(groups & POWERFUL)]
     if account.pw_uid == 0:
         ways.append("it is root")

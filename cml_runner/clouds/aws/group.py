@@ -87,7 +87,7 @@ class Group:
     def discard(self) -> None:
         """Begin to delete it with its machines."""
         try:
-            self._call("delete_auto_scaling_group", ForceDelete=True)
+            self.call("delete_auto_scaling_group", ForceDelete=True)
         except NotFound:
             return
         except RunnerError:
@@ -102,7 +102,7 @@ class Group:
             self.empty = False
             return
         bounds = {"MinSize": 0, "MaxSize": max(count, self.bucket.task.count)}
-        self._call("update_auto_scaling_group", DesiredCapacity=count, **bounds)
+        self.call("update_auto_scaling_group", DesiredCapacity=count, **bounds)
 
     def instances(self) -> list[Instance]:
         """List those which are not terminated yet."""
@@ -177,7 +177,8 @@ class Group:
         """The task's."""
         return str(self.bucket.task.id)
 
-    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Call Auto Scaling about this group."""
         return self.session.call(
             "autoscaling", operation, AutoScalingGroupName=self.name, **arguments
         )
@@ -186,7 +187,7 @@ class Group:
         assert self.site
         task = self.bucket.task
         listed = tags(task, "group")[0]["Tags"]
-        self._call(
+        self.call(
             "create_auto_scaling_group",
             MinSize=0,
             MaxSize=task.count,
@@ -222,14 +223,14 @@ class Group:
 
     def _suspend(self) -> None:
         """Never move a machine with a job on it to another zone, for balance."""
-        self._call("suspend_processes", ScalingProcesses=["AZRebalance"])
+        self.call("suspend_processes", ScalingProcesses=["AZRebalance"])
 
     def _schedule(self, at: datetime | None) -> None:
         if at is None:
             with suppress(NotFound):
-                self._call("delete_scheduled_action", ScheduledActionName=DEADLINE)
+                self.call("delete_scheduled_action", ScheduledActionName=DEADLINE)
         else:
-            self._call(
+            self.call(
                 "put_scheduled_update_group_action",
                 ScheduledActionName=DEADLINE,
                 StartTime=at,
@@ -326,7 +327,7 @@ class Ladder:
         end = time.monotonic() + PROFILE_AGE
         while True:
             try:
-                return self.group._call(
+                return self.group.call(
                     "launch_instances",
                     RequestedCapacity=min(self.wanted, AT_ONCE),
                     SubnetIds=[subnet.id],
@@ -342,7 +343,7 @@ class Ladder:
 
     def _switch(self) -> None:
         """Have the group start machines on demand from now on."""
-        self.group._call(
+        self.group.call(
             "update_auto_scaling_group", MixedInstancesPolicy=self.group.policy(spot=False)
         )
 

@@ -46,7 +46,6 @@ class Image:
     id: str
     device: str = ROOT  # of the root volume
     size: int = 0  # GB, at least
-    arch: str = ""
 
 
 class Site:
@@ -62,32 +61,22 @@ class Site:
         self._session, self._task, self.wanted, self._image = session, task, types, image
 
     def look(self) -> None:
-        """Look everything up. Raises the first thing that is missing, all of them if they are ours.
+        """Look everything up, and raise what stands against a launch.
 
         The account's shared pieces are made if they are missing and if we may.
         """
-        shared = Shared(self._session)
-        with ThreadPoolExecutor(8, thread_name_prefix="lookup") as pool:
-            ours = [
-                pool.submit(look)
-                for look in (
-                    lambda: self.image,
-                    lambda: self._all_subnets,
-                    lambda: self._offers,
-                    lambda: self._groups,
-                    lambda: self.address,
-                    lambda: self._session.account,
-                )
-            ]
-            _settle(ours)
-        self.subnets  # noqa: B018
-        if not self._task.machine.options.get(SECURITY_GROUP_OPTION) and not self._standard:
-            shared.setup(self.network)
-            self._forget("_groups")
-        if self.address:
-            shared.open_ssh(self.network, self.address)
-            self._forget("_groups")
-        self.security_groups  # noqa: B018
+        lookups: tuple[Callable[[], object], ...] = (
+            lambda: self.image,
+            lambda: self._all_subnets,
+            lambda: self._offers,
+            lambda: self._groups,
+            lambda: self.address,
+            lambda: self._session.account,
+        )
+        with ThreadPoolExecutor(len(lookups), thread_name_prefix="lookup") as pool:
+            _settle([pool.submit(look) for look in lookups])
+        self._make_shared(self.network)
+        _ = self.security_groups  # now all of them must be there
 
     @cached_property
     def image(self) -> Image:
@@ -137,10 +126,8 @@ class Site:
     @property
     def security_groups(self) -> list[str]:
         """What the machines' interfaces belong to. Raises NotFound."""
-        asked = self._task.machine.options.get(SECURITY_GROUP_OPTION)
-        named = [name.strip() for name in asked.split(",")] if asked else [SECURITY_GROUP]
-        named += [Shared.ssh(self.address)] if self.address else []
-        return [self._group(name) for name in named]
+        own = [Shared.ssh(self.address)] if self.address else []
+        return [self._group(name) for name in (*self._names, *own)]
 
     @cached_property
     def address(self) -> str:
@@ -158,16 +145,32 @@ class Site:
         msg = f"{self.network} in {self._session.region} has no security group {name}"
         raise NotFound(msg)
 
+    def _make_shared(self, network: str) -> None:
+        shared = Shared(self._session)
+        there = {one["GroupName"] for one in self._groups if one["VpcId"] == network}
+        new = {SECURITY_GROUP} & set(self._names) - there
+        if new:
+            shared.setup(network)
+        if self.address and shared.ssh(self.address) not in there:
+            shared.open_ssh(network, self.address)
+            new.add(shared.ssh(self.address))
+        if new:
+            del self._groups  # they will be looked up again
+
     @property
-    def _standard(self) -> bool:
-        return any(
-            one["GroupName"] == SECURITY_GROUP and one["VpcId"] == self.network
-            for one in self._groups
-        )
+    def _names(self) -> list[str]:
+        """Names, or identifiers, of the groups that are asked for."""
+        asked = self._task.machine.options.get(SECURITY_GROUP_OPTION, "")
+        return [name.strip() for name in asked.split(",") if name.strip()] or [SECURITY_GROUP]
 
     @cached_property
     def _groups(self) -> list[Any]:
-        return self._session.pages("ec2", "describe_security_groups", "SecurityGroups")
+        """Find them in all networks; which is ours isn't known yet."""
+        names = [*self._names, Shared.ssh("*")]
+        filters = [{"Name": "group-name", "Values": names}]
+        return self._session.pages(
+            "ec2", "describe_security_groups", "SecurityGroups", Filters=filters
+        )
 
     @cached_property
     def _all_subnets(self) -> list[Any]:
@@ -221,9 +224,6 @@ class Site:
             msg = f"image {image['ImageId']} is for {arch}, but {self.wanted[0]} is {needed}"
             raise ConfigurationError(msg)
 
-    def _forget(self, name: str) -> None:
-        self.__dict__.pop(name, None)
-
 
 def _settle(lookups: Sequence[Future[Any]]) -> None:
     """Wait for all of them, and raise everything that people can mend in one go."""
@@ -241,12 +241,12 @@ def _filters(values: dict[str, str]) -> list[dict[str, Any]]:
     return [{"Name": name, "Values": [value]} for name, value in values.items()]
 
 
-def _own_address(get: Callable[..., Any] | None = None) -> str:
+def _own_address() -> str:
     """Ask AWS from where we come."""
     import requests
 
     try:
-        answer = (get or requests.get)("https://checkip.amazonaws.com", timeout=10)
+        answer = requests.get("https://checkip.amazonaws.com", timeout=10)
         answer.raise_for_status()
     except requests.RequestException as error:
         msg = f"--cloud-ssh-private: can't tell this computer's address: {error}"
