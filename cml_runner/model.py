@@ -256,6 +256,7 @@ class Settings:
     expires: datetime | None = None
     user: str = ""  # the account that agent and jobs get; empty: the supervisor's own
     sudo: bool = True  # that account may become root
+    docker: bool = False  # is installed if it is missing
     workdir: str = ""  # empty: one of our own, or below the current directory
     startup: str = field(default="", repr=False)  # a script to run first
     docker_volumes: tuple[str, ...] = ()

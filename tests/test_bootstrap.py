@@ -88,6 +88,12 @@ def test_odd_words_stay_words(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_greedy_job_does_not_take_the_supervisor_with_it() -> None:
+    unit = bootstrap.machine(URL, PROGRAM, None).splitlines()
+    assert {"OOMScoreAdjust=-900", "OOMPolicy=continue", "TasksMax=infinity"} <= set(unit)
+    assert not [line for line in unit if line.startswith("UMask=")]  # jobs would inherit it
+
+
 def test_what_is_too_long_is_refused() -> None:
     assert len(bootstrap.machine(URL, PROGRAM, EXPIRES)) < bootstrap.LIMIT / 3
     with pytest.raises(ConfigurationError, match="16384 are allowed"):

@@ -106,6 +106,9 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
 )
 @options.option("--sudo/--no-sudo", default=True, help="Whether jobs may become root.")
 @options.option(
+    "--docker", is_flag=True, help="Install Docker on machines whose image hasn't got it."
+)
+@options.option(
     "--machine-package",
     metavar="REQUIREMENT",
     help="What machines install.  [default: this version of cml-runner]",

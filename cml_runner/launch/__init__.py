@@ -76,6 +76,7 @@ def settings(order: Order, forge: Forge) -> Settings:
         workdir=order.workdir or ("" if order.cloud else f"~/.cml/{order.name}"),
         startup=order.startup,
         sudo=order.sudo,
+        docker=order.docker,
         docker_volumes=order.docker_volumes,
     )
 

@@ -75,6 +75,7 @@ class Options:
     cloud_kubernetes_toleration: tuple[str, ...] = ()
     workdir: str = ""
     sudo: bool = True
+    docker: bool = False
     machine_package: str = ""
     machine_package_index: str = ""
     machine_uv: str = ""
@@ -113,6 +114,7 @@ class Order:
     startup: str = field(repr=False)
     workdir: str
     sudo: bool
+    docker: bool
     program: Program
     count: int
     expires: datetime | None
@@ -170,6 +172,7 @@ class _Reader:
             startup=startup,
             workdir=options.workdir,
             sudo=options.sudo,
+            docker=options.docker,
             program=program,
             count=count,
             expires=datetime.now(timezone.utc) + timedelta(seconds=lifetime) if lifetime else None,
@@ -273,6 +276,8 @@ class _Reader:
             )
         if not options.cloud and count > 1:
             self.mistakes.append("--count needs --cloud: this machine is just one")
+        if options.docker and not options.sudo:
+            self.mistakes.append("--docker conflicts with --no-sudo: who may use Docker is root")
         if not options.sudo and options.cloud in ("", "local"):
             self.mistakes.append("--no-sudo needs a machine of its own: use a --cloud")
 

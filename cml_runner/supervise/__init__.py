@@ -169,6 +169,8 @@ class Supervisor:
     def _become_two(self) -> None:
         """Have the agent and its jobs live under an account of their own."""
         settings = self.settings
+        if settings.docker and settings.user:
+            machine.docker()
         if settings.user:
             promised = settings.single or not settings.sudo
             self.account = user.prepare(settings.user, sudo=settings.sudo, isolated=promised)

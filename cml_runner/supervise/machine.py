@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_runner.errors import RunnerError
@@ -15,8 +17,7 @@ from cml_runner.supervise.process import scrubbed
 
 if TYPE_CHECKING:
     import queue
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from cml_runner.model import Event, Notice
 
@@ -58,6 +59,38 @@ def startup(script: str, directory: Path) -> None:
         log.info("| %s", line)
     if done.returncode:
         msg = f"the startup script failed with exit code {done.returncode}"
+        raise RunnerError(msg)
+
+
+def docker() -> None:
+    """Have Docker on this machine, and its GPUs in containers. Raises RunnerError."""
+    if not shutil.which("docker"):
+        log.info("installing Docker")
+        _run(("apt-get", "-qq", "update"))
+        _run(("apt-get", "-qq", "install", "--no-install-recommends", "docker.io"))
+    if Path("/dev/nvidia0").exists() and shutil.which("nvidia-ctk"):
+        _run(("nvidia-ctk", "runtime", "configure", "--runtime=docker"))
+        _run(("systemctl", "restart", "docker"))
+
+
+def _run(command: Sequence[str]) -> None:
+    own = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    lock = ("-o", "DPkg::Lock::Timeout=120") if command[0] == "apt-get" else ()
+    try:
+        done = subprocess.run(
+            (command[0], *lock, *command[1:]),
+            check=False,
+            env=own,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except OSError as error:
+        msg = f"Docker can't be installed: {error}"
+        raise RunnerError(msg) from error
+    if done.returncode:
+        msg = f"Docker can't be installed: {' '.join(command)}: {done.stdout.strip()[-500:]}"
         raise RunnerError(msg)
 
 

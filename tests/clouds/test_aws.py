@@ -568,3 +568,43 @@ def test_a_rebalance_recommendation_is_no_deadline(aws_rig: AwsRig) -> None:
     notice = aws_rig.notice(plan, machine)
     assert notice
     assert notice.deadline
+
+
+# The far side
+
+
+class Checked(Session):
+    """Compares every answer with what the service's own description says of it."""
+
+    def _new(self, service: str) -> Any:
+        client = super()._new(service)
+        client.meta.events.register("after-call", self.check)
+        return client
+
+    @staticmethod
+    def check(parsed: dict[str, Any], model: Any, **_: Any) -> None:
+        from botocore.validate import ParamValidator
+
+        decoded = model.service_model.service_name == "iam"  # policies are objects already
+        if model.output_shape and "Error" not in parsed and not decoded:
+            answer = {key: value for key, value in parsed.items() if key != "ResponseMetadata"}
+            if streamed := model.get_streaming_output():
+                answer.pop(streamed.name, None)
+            report = ParamValidator().validate(answer, model.output_shape)
+            assert not report.has_errors(), f"{model.name}: {report.generate_report()}"
+
+
+def test_what_the_fake_answers_is_as_described(aws_rig: AwsRig) -> None:
+    cloud = Cloud("us-west")
+    cloud._session = Checked("us-west-2")
+    cloud.setup()
+    plan = cloud.plan(task(aws_rig, image="ubuntu@099720109477:x86_64:ubuntu/images/*noble*"))
+    steps.create(plan.resources, claim=plan.bucket)
+    plan.group.resize(1)
+    plan.group.expire(SOON)
+    assert plan.group.instances()
+    plan.group.interrupt("", 100)
+    plan.group.console()
+    assert plan.group.events()
+    plan.group.expire(None)
+    steps.delete(plan.resources)

@@ -59,15 +59,16 @@ def test_root_runs_nothing_that_jobs_may_have_made(shared: Path) -> None:
 def test_nor_after_a_restart_of_the_machine(shared: Path) -> None:
     (shared / "ours").write_text("ours")
     path = shared / "work"
-    first = Workdir(of(str(path)), "x", STRANGER)
-    first.create()
+    path.mkdir()
+    (path / workdir.MARKER).touch()
     STRANGER.own(path)
     for name in (workdir.LOCK, "agent"):
-        (path / name).unlink(missing_ok=True)
         (path / name).symlink_to(shared / "ours")
-    Workdir(of(str(path)), "x", STRANGER).create()
+    second = Workdir(of(str(path)), "x", STRANGER)
+    second.create()
     assert not (path / "agent").exists()
     assert (shared / "ours").read_text() == "ours"
+    second.delete()
 
 
 @pytest.mark.lab
@@ -78,6 +79,7 @@ def test_jobs_that_may_be_root_anyway_keep_what_they_have(shared: Path) -> None:
     ADMIN.own(one.path)
     one.renew()
     assert (one.path / "cache").exists()
+    one.delete()
 
 
 @pytest.mark.lab

@@ -299,7 +299,10 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
     mine = {"StringEquals": {"s3:ResourceAccount": account}} if account != "*" else {}
     requested = {"StringLike": {f"aws:RequestTag/{TAG}": OURS}}
     tagged = {"StringLike": {f"aws:ResourceTag/{TAG}": OURS}}
-    making = ["CreateLaunchTemplate", "ImportKeyPair", "RunInstances", "CreateSecurityGroup"]
+    making = [
+        *("CreateLaunchTemplate", "ImportKeyPair", "CreateSecurityGroup"),
+        *("RunInstances", "CreateFleet"),
+    ]
     parts: list[tuple[str, list[str], Any, dict[str, Any]]] = [
         (
             "Look",
@@ -307,6 +310,7 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
                 *("ec2:DescribeImages", "ec2:DescribeInstances", "ec2:DescribeSecurityGroups"),
                 *("ec2:DescribeInstanceTypeOfferings", "ec2:DescribeSubnets"),
                 *("ec2:DescribeKeyPairs", "ec2:DescribeLaunchTemplates"),
+                "ec2:DescribeLaunchTemplateVersions",
                 *("autoscaling:DescribeAutoScalingGroups", "autoscaling:DescribeScalingActivities"),
             ],
             "*",
@@ -326,6 +330,8 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
             [f"{ec2}:*/*", image],
             {"ArnLike": {"ec2:LaunchTemplate": f"{ec2}:launch-template/*"}},
         ),
+        # https://docs.aws.amazon.com/autoscaling/ec2/userguide/launch-instances-synchronously.html
+        ("Fleet", ["ec2:CreateFleet"], [f"{ec2}:*/*", image], {}),
         ("Interrupt", ["ec2:CreateTags"], f"{ec2}:instance/*", tagged),
         ("Console", ["ec2:GetConsoleOutput"], f"{ec2}:instance/*", tagged),
         ("Delete", ["ec2:DeleteLaunchTemplate", "ec2:DeleteKeyPair"], "*", tagged),

@@ -320,7 +320,7 @@ class Ladder:
             self.tried.append(told)
             kinds.add(kind)
         if started:
-            log.info("%d in %s, %s", started, subnet.zone, market)
+            log.info("started %d in %s (%s)", started, subnet.zone, market)
         return started, kinds
 
     def _launch(self, subnet: Subnet) -> dict[str, Any]:

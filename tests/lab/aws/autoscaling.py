@@ -178,7 +178,7 @@ class AutoScaling:
         started, errors = self._start(group, subnets[0], wanted)
         group.desired += len(started)
         zone = self._instances.zones(region, subnets)[0]
-        market = "spot" if group.spot else "on-demand"
+        market = "Spot" if group.spot else "OnDemand"
         where = {"SubnetId": subnets[0], "AvailabilityZone": zone, "MarketType": market}
         by_type: dict[str, list[str]] = {}
         for one in started:

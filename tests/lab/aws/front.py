@@ -229,6 +229,9 @@ class Front:
                 name = group.name
         place = f"arn:aws:autoscaling:{call.region}:{ACCOUNT}:autoScalingGroup:uuid"
         yield Request(action, f"{place}:autoScalingGroupName/{name}")
+        if call.action == "LaunchInstances":
+            yield Request("ec2:CreateFleet", f"arn:aws:ec2:{call.region}:{ACCOUNT}:fleet/*")
+            yield Request("ec2:DescribeLaunchTemplateVersions", "*")
         if call.action == "CreateAutoScalingGroup":  # it acts in the caller's name
             arn = f"{place}:autoScalingGroupName/{name}"
             yield Request("autoscaling:CreateOrUpdateTags", arn)
