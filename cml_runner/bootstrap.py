@@ -87,7 +87,7 @@ MACHINE = """\
 # Prepares this machine for cml-runner {version}, and starts its supervisor.
 set -eu
 umask 022
-export HOME=/root LANG=C.UTF-8 UV_NATIVE_TLS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1 UV_HTTP_RETRIES=8
+export HOME=/root LANG=C.UTF-8 UV_SYSTEM_CERTS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1 UV_HTTP_RETRIES=8
 log=/var/log/cml-runner-bootstrap.log
 step=beginning
 exec >"$log" 2>&1

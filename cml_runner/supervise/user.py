@@ -194,6 +194,9 @@ def _cut_off(ids: Sequence[range]) -> None:
 def _cut_off_with_nft(spans: Sequence[str]) -> None:
     table = "inet cml_runner"
     chain = f"{table} output"
+    if not shutil.which("nft"):
+        msg = "neither iptables nor nft is here to keep jobs from the metadata service"
+        raise RunnerError(msg)
     who = f"meta skuid {{ {', '.join(spans)} }} tcp dport 80"
     rules = [
         f"add table {table}",

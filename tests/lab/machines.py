@@ -38,7 +38,8 @@ datasource:
 network:
   config: disabled
 manage_etc_hosts: false
-package_update: false
+# The others configure what a container hasn't got (a boot loader, locales), and may hang there.
+cloud_config_modules: [runcmd]
 """
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 

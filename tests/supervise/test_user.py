@@ -110,7 +110,7 @@ def test_nft_will_do_as_well(tools: Tools) -> None:
 def test_what_was_promised_is_kept_or_refused(
     tools: Tools, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(RunnerError, match="nft"):
+    with pytest.raises(RunnerError, match="neither iptables nor nft is here"):
         prepare()
     prepare(isolated=False)
     assert "jobs can reach the metadata service" in caplog.text
