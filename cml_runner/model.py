@@ -103,7 +103,7 @@ class Machine:
     image: str = ""
     spot: bool = False
     spot_price: float = -1  # USD/h; -1 = the current price
-    spot_fallback: bool = False  # on-demand when there is no spot capacity
+    spot_fallback: bool = False  # on demand when no region has spot capacity: launching sees to it
     permissions: str = ""
     ssh_key: str = field(default="", repr=False)  # PEM, private
     options: Mapping[str, str] = field(default_factory=dict)  # --cloud-NAME-…, native to one cloud

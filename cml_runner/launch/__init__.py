@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from cml_runner.forges import Forge
     from cml_runner.launch.options import Order
-    from cml_runner.model import Registration, Runner
+    from cml_runner.model import Machine, Registration, Runner
 
 log = logging.getLogger(__name__)
 
@@ -105,16 +105,27 @@ def launch(order: Order, tell: Callable[[str], None]) -> Launch:
             launched.reused = found.name
             return launched
         wanted = settings(order, forge)
-    for region in order.regions:
+    attempts = [(one, region) for one in _markets(order.machine) for region in order.regions]
+    for number, (machine, region) in enumerate(attempts, 1):
+        launched.order = replace(order, machine=machine)
         try:
             _in_region(launched, region, forge, wanted, tell)
         except NoCapacity as error:
-            if region == order.regions[-1]:
+            if number == len(attempts):
                 raise
-            log.warning("%s: %s; trying the next region", region, error)
+            after, place = attempts[number]
+            market = "spot" if after.spot else "on demand"
+            log.warning("%s: %s; trying %s, %s", region, error, place, market)
         else:
             break
     return launched
+
+
+def _markets(machine: Machine) -> list[Machine]:
+    """Say what to try in all regions, one after the other."""
+    if machine.spot and machine.spot_fallback:
+        return [machine, replace(machine, spot=False)]
+    return [machine]
 
 
 def find(runners: Sequence[Runner], order: Order) -> Runner | None:

@@ -249,16 +249,13 @@ def test_zone_after_zone_until_one_has_a_machine(aws_rig: AwsRig) -> None:
     assert market(aws_rig) == [(zones[-1], "m6i.2xlarge", True)]
 
 
-def test_on_demand_only_if_wanted(aws_rig: AwsRig, caplog: pytest.LogCaptureFixture) -> None:
-    aws_rig.aws.instances.hinder = lambda _zone, _type, spot: (
-        "InsufficientInstanceCapacity" if spot else ""
-    )
+def test_every_attempt_is_told(aws_rig: AwsRig, caplog: pytest.LogCaptureFixture) -> None:
+    aws_rig.aws.instances.hinder = lambda *_: "InsufficientInstanceCapacity"
     with pytest.raises(NoCapacity, match="InsufficientInstanceCapacity"):
         launch(aws_rig)
     assert aws_rig.aws.left() == []
-    launch(aws_rig, task(aws_rig, spot_fallback=True))
-    assert [spot for *_, spot in market(aws_rig)] == [False]
-    assert "us-west-2a m7i.2xlarge spot: There is no capacity" in caplog.text
+    for zone in aws_rig.aws.zones("us-west-2"):
+        assert f"{zone} m7i.2xlarge spot: There is no capacity" in caplog.text
 
 
 def test_several_machines_from_several_zones(aws_rig: AwsRig) -> None:
@@ -405,7 +402,7 @@ def launch_and_delete(rig: AwsRig) -> None:
 ONLY_AT_TIMES = {
     "autoscaling:DeleteScheduledAction",  # expire(None)
     "autoscaling:DescribeScalingActivities",  # while waiting
-    "autoscaling:UpdateAutoScalingGroup",  # the fallback to on-demand
+    "autoscaling:UpdateAutoScalingGroup",  # resize()
     "ec2:AuthorizeSecurityGroupIngress",  # --cloud-ssh-private
     "ec2:CreateSecurityGroup",
     "ec2:DeleteKeyPair",

@@ -88,10 +88,26 @@ def test_the_next_region_when_one_has_nothing(
     region = ("--cloud", "aws", "--cloud-region", "us-west,us-east")
     done = cli.run("launch", *region, "--no-wait", environment=admin)
     assert done.json["region"] == "us-east"
-    assert "trying the next region" in done.err
+    assert "; trying us-east, on demand" in done.err
     assert aws_rig.aws.left("us-west-2") == []
     cli.run("destroy", done.json["id"], *IN_REGION[:2], environment=admin)
     assert [one for one in aws_rig.aws.left("us-east-1") if not one.startswith("bucket")] == []
+
+
+def test_on_demand_when_no_region_has_spot_capacity(
+    aws_rig: AwsRig, cli: Cli, environment: Mapping[str, str]
+) -> None:
+    aws_rig.aws.instances.hinder = lambda _zone, _type, spot: (
+        "InsufficientInstanceCapacity" if spot else ""
+    )
+    admin = {**environment, **aws_rig.aws.environment()}
+    spot = ("--cloud", "aws", "--cloud-region", "us-west,us-east", "--no-wait", "--cloud-spot")
+    cli.run("launch", *spot, environment=admin, code=6)
+    assert aws_rig.aws.left("us-west-2") == aws_rig.aws.left("us-east-1")
+    done = cli.run("launch", *spot, "--cloud-spot-fallback", environment=admin)
+    assert (done.json["region"], done.json["spot"]) == ("us-west", False)
+    assert "trying us-east, spot" in done.err
+    assert "trying us-west, on demand" in done.err
 
 
 def test_what_is_there_can_be_seen_and_destroyed(

@@ -16,7 +16,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, RunnerError
+from cml_runner.errors import AlreadyExists, CredentialsError, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,23 +92,17 @@ class Shared:
         ]
         source = {key: [{name: f"{address}/{length}", "Description": "cml-runner"}]}
         rule = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, **source}
-        with suppress(AlreadyExists):
-            self._session.call(
-                "ec2", "authorize_security_group_ingress", GroupId=group, IpPermissions=[rule]
-            )
+        self._session.make(
+            "ec2", "authorize_security_group_ingress", GroupId=group, IpPermissions=[rule]
+        )
 
     def _service_roles(self) -> bool:
         """Have AWS make its own roles now, so that a launcher doesn't need the right to."""
         new = False
         for service in ("autoscaling.amazonaws.com", "spot.amazonaws.com"):
-            try:
+            with suppress(AlreadyExists):
                 self._session.call("iam", "create_service_linked_role", AWSServiceName=service)
                 new = True
-            except AlreadyExists:
-                continue
-            except RunnerError as error:
-                if "has been taken in this account" not in str(error):
-                    raise
         return new
 
     def _role(self) -> bool:
@@ -117,17 +111,13 @@ class Shared:
             "Principal": {"Service": "ec2.amazonaws.com"},
             "Action": "sts:AssumeRole",
         }
-        new = True
-        try:
-            self._session.call(
-                "iam",
-                "create_role",
-                RoleName=ROLE,
-                AssumeRolePolicyDocument=_document(trust),
-                Description="What a machine of cml-runner may do",
-            )
-        except AlreadyExists:
-            new = False
+        new = self._session.make(
+            "iam",
+            "create_role",
+            RoleName=ROLE,
+            AssumeRolePolicyDocument=_document(trust),
+            Description="What a machine of cml-runner may do",
+        )
         policy = json.dumps(
             machine_policy(self._session.account.id, self._session.account.partition)
         )
@@ -137,11 +127,7 @@ class Shared:
         return new
 
     def _profile(self) -> bool:
-        new = True
-        try:
-            self._session.call("iam", "create_instance_profile", InstanceProfileName=ROLE)
-        except AlreadyExists:
-            new = False
+        new = self._session.make("iam", "create_instance_profile", InstanceProfileName=ROLE)
         found = self._session.call("iam", "get_instance_profile", InstanceProfileName=ROLE)
         if not found["InstanceProfile"]["Roles"]:
             self._session.call(

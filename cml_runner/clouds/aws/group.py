@@ -193,21 +193,21 @@ class Group:
             MaxSize=task.count,
             DesiredCapacity=0,
             VPCZoneIdentifier=",".join(one.id for one in self.site.subnets),
-            MixedInstancesPolicy=self.policy(spot=task.machine.spot),
+            MixedInstancesPolicy=self._policy(),
             HealthCheckType="EC2",
             HealthCheckGracePeriod=0,
             DefaultInstanceWarmup=0,
             Tags=[{**one, "PropagateAtLaunch": False} for one in listed],
         )
 
-    def policy(self, *, spot: bool) -> dict[str, Any]:
+    def _policy(self) -> dict[str, Any]:
         """Say of which types, and on which market."""
         assert self.site
         machine = self.bucket.task.machine
         distribution = {
             "OnDemandAllocationStrategy": "prioritized",
             "OnDemandBaseCapacity": 0,
-            "OnDemandPercentageAboveBaseCapacity": 0 if spot else 100,
+            "OnDemandPercentageAboveBaseCapacity": 0 if machine.spot else 100,
             "SpotAllocationStrategy": "price-capacity-optimized",
         }
         if machine.spot and machine.spot_price > 0:
@@ -274,7 +274,7 @@ class Group:
 
 @dataclass
 class Ladder:
-    """The way to the wanted number of machines: zone after zone, and then on demand."""
+    """The way to the wanted number of machines: zone after zone."""
 
     group: Group
     wanted: int
@@ -282,32 +282,29 @@ class Ladder:
 
     def climb(self) -> None:
         """Start them all. Raises NoCapacity, with all that was tried."""
-        machine = self.group.bucket.task.machine
-        self._market(spot=machine.spot)
-        if self.wanted and machine.spot and machine.spot_fallback:
-            log.warning("no spot capacity: trying on demand")
-            self._switch()
-            self._market(spot=False)
+        assert self.group.site
+        for subnet in self.group.site.subnets:
+            if "quota" in self._use_up(subnet):  # it is the region's
+                break
         if self.wanted:
             raise NoCapacity("; ".join(self.tried) or "no capacity")
 
-    def _market(self, *, spot: bool) -> None:
-        assert self.group.site
-        for subnet in self.group.site.subnets:
-            while self.wanted:
-                started, kinds = self._start(subnet, spot=spot)
-                self.wanted -= started
-                if "quota" in kinds:  # it is the region's
-                    return
-                if not started or kinds:
-                    break
+    def _use_up(self, subnet: Subnet) -> set[str]:
+        """Start all that can be had in one zone; return what hindered more."""
+        hindrances: set[str] = set()
+        while self.wanted and not hindrances:
+            started, hindrances = self._start(subnet)
+            self.wanted -= started
+            if not started:
+                break
+        return hindrances
 
-    def _start(self, subnet: Subnet, *, spot: bool) -> tuple[int, set[str]]:
-        """Start as many as can be had in one zone; return their number, and what hindered more."""
+    def _start(self, subnet: Subnet) -> tuple[int, set[str]]:
+        """Make one call; return how many machines it started, and what hindered more."""
         found = self._launch(subnet)
         started = sum(len(one["InstanceIds"]) for one in found.get("Instances", []))
         kinds = set()
-        market = "spot" if spot else "on demand"
+        market = "spot" if self.group.bucket.task.machine.spot else "on demand"
         for one in found.get("Errors", []):
             code, text = one.get("ErrorCode", ""), one.get("ErrorMessage", "")
             kind = sessions.kind(code)
@@ -340,12 +337,6 @@ class Ladder:
                 if "nstance profile" not in str(error).lower() or time.monotonic() > end:
                     raise
                 time.sleep(1)
-
-    def _switch(self) -> None:
-        """Have the group start machines on demand from now on."""
-        self.group.call(
-            "update_auto_scaling_group", MixedInstancesPolicy=self.group.policy(spot=False)
-        )
 
 
 def _happening(activity: Mapping[str, Any], instances: Mapping[str, Any]) -> Happening:

@@ -179,17 +179,13 @@ class KeyPair:
     def create(self) -> bool:
         """Import it."""
         task = self.bucket.task
-        try:
-            self.bucket.session.call(
-                "ec2",
-                "import_key_pair",
-                KeyName=str(task.id),
-                PublicKeyMaterial=public_key(task.machine.ssh_key),
-                TagSpecifications=tags(task, "key-pair"),
-            )
-        except AlreadyExists:
-            return False
-        return True
+        return self.bucket.session.make(
+            "ec2",
+            "import_key_pair",
+            KeyName=str(task.id),
+            PublicKeyMaterial=public_key(task.machine.ssh_key),
+            TagSpecifications=tags(task, "key-pair"),
+        )
 
     def delete(self) -> None:
         """Delete it."""
@@ -213,17 +209,13 @@ class LaunchTemplate:
     def create(self) -> bool:
         """Create it."""
         task = self.bucket.task
-        try:
-            self.bucket.session.call(
-                "ec2",
-                "create_launch_template",
-                LaunchTemplateName=str(task.id),
-                LaunchTemplateData=self._data(),
-                TagSpecifications=tags(task, "launch-template"),
-            )
-        except AlreadyExists:
-            return False
-        return True
+        return self.bucket.session.make(
+            "ec2",
+            "create_launch_template",
+            LaunchTemplateName=str(task.id),
+            LaunchTemplateData=self._data(),
+            TagSpecifications=tags(task, "launch-template"),
+        )
 
     def delete(self) -> None:
         """Delete it; what it has launched lives on."""

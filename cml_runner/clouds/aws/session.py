@@ -61,6 +61,7 @@ IMAGE = frozenset(
     }
 )
 EXISTS = re.compile(r"AlreadyExists|\.Duplicate$|^BucketAlreadyOwnedByYou$|^PreconditionFailed$")
+TAKEN = "has been taken in this account"  # what IAM says of a service-linked role
 ABSENT = re.compile(r"NotFound(Exception)?$|^NoSuch|^404$")
 FRESH = timedelta(minutes=5)  # before the SDK is asked if its credentials are still good
 # Auto Scaling has but one code for all that is wrong with a request.
@@ -102,6 +103,14 @@ class Session:
         with translated(service):
             found: dict[str, Any] = getattr(self._client(service), operation)(**arguments)
         return found
+
+    def make(self, service: str, operation: str, **arguments: Any) -> bool:
+        """Make a call that makes something; False if it is there already."""
+        try:
+            self.call(service, operation, **arguments)
+        except AlreadyExists:
+            return False
+        return True
 
     def pages(self, service: str, operation: str, key: str, **arguments: Any) -> list[Any]:
         """Collect a list which comes in pages."""
@@ -207,7 +216,7 @@ def _error(code: str, text: str, action: str) -> RunnerError:
         return CredentialsError(msg)
     if code in CAPACITY | QUOTA:
         return NoCapacity(f"{text} ({code})")
-    if EXISTS.search(code):
+    if EXISTS.search(code) or TAKEN in text:
         return AlreadyExists(f"{text} ({code})")
     if ABSENT.search(code) or NO_GROUP.search(text):
         return NotFound(f"{text} ({code})")
