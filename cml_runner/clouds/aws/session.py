@@ -86,14 +86,18 @@ class Session:
     def __init__(self, region: str) -> None:
         self.region = region
         self._clients: dict[str, Any] = {}
-        self._lock = threading.RLock()  # clients are safe among threads, their making isn't
+        self._lock = threading.Lock()  # clients are safe among threads, their making isn't
+        self._asking = threading.Lock()  # whose account it is
+        self._account: Account | None = None
 
-    @cached_property
+    @property
     def account(self) -> Account:
-        """Ask whose credentials these are; that needs no permission."""
-        with self._lock:
-            found = self.call("sts", "get_caller_identity")
-        return Account(found["Account"], found["Arn"].split(":")[1])
+        """Ask once whose credentials these are; that needs no permission."""
+        with self._asking:
+            if self._account is None:
+                found = self.call("sts", "get_caller_identity")
+                self._account = Account(found["Account"], found["Arn"].split(":")[1])
+            return self._account
 
     def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
         """Make one call; the SDK tries again where that makes sense.
