@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cml_runner import web
 from cml_runner.errors import AgentFailed
-from cml_runner.forges.github import Agent, Forge, install
+from cml_runner.forges.github import Agent, Forge
 from cml_runner.model import Credential, Package
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ DOWNLOADS = "/_downloads/.*"
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(install, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(web, "time", SimpleNamespace(sleep=lambda _: None))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def _version(directory: Path) -> str:
 
 def _left(path: Path) -> list[str]:
     names = {one.name for one in path.iterdir()} if path.exists() else set()
-    return sorted(names - {install.LOCK})
+    return sorted(names - {web.LOCK})
 
 
 def test_install(gh: GitHub, packages: list[Package], tmp_path: Path, home: Path) -> None:
@@ -154,15 +155,16 @@ def test_a_full_disk(packages: list[Package], tmp_path: Path, home: Path) -> Non
     code = """if True:
         import resource, sys
         from cml_runner.errors import AgentFailed
-        from cml_runner.forges.github import install
+        from cml_runner import web
+        from cml_runner.forges.github import Agent
         from cml_runner.model import Package
         from pathlib import Path
-        install.ARCHES = dict.fromkeys(("x86_64", "aarch64", "arm64"), "x64")
+        web.ARCHES = dict.fromkeys(("x86_64", "aarch64", "arm64"), "x64")
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         directory, url, sha256 = sys.argv[1:]
         package = Package(version="1.2.3", arch="x64", url=url, sha256=sha256)
         try:
-            install.install(Path(directory), [package])
+            Agent().install(Path(directory), [package])
         except AgentFailed as error:
             print(error)
     """

@@ -19,8 +19,9 @@ from cml_runner.errors import (
 )
 from cml_runner.forges.github import address, answers
 from cml_runner.forges.github.agent import SYSTEM_LABELS, Agent
-from cml_runner.forges.github.api import Api, Passing
+from cml_runner.forges.github.api import Api
 from cml_runner.model import Package, Registration, Runner
+from cml_runner.web import Passing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

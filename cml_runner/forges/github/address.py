@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from cml_runner import remote
 from cml_runner.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -91,44 +92,15 @@ def detect(text: str, environment: Mapping[str, str]) -> str:
 
 def split(text: str) -> tuple[str, str]:
     """Take an address apart: its server (empty for a slug) and its path."""
-    text = text.strip()
-    if match := re.fullmatch(r"[\w.-]+@([\w.-]+):(?!//)(.+)", text):
-        return _server("https", match[1].lower(), None), _path(match[2])
-    if "://" not in text:
-        if not re.match(r"[\w-]+(\.[\w-]+)+(:\d+)?/", text):
-            return "", text.removesuffix("/")
-        text = f"https://{text}"
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if not host or parts.scheme not in {"https", "http", "ssh", "git+ssh"}:
-        msg = f"{_tame(text)!r} is no address on GitHub: its URL is malformed"
-        raise ConfigurationError(msg)
-    web = parts.scheme in {"https", "http"}
-    return _server(parts.scheme if web else "https", host, port if web else None), _path(parts.path)
-
-
-def _server(scheme: str, host: str, port: int | None) -> str:
+    server, path = remote.split(text, "GitHub")
+    host = urlsplit(server).hostname or ""
     host = ALIASES.get(host, host)
-    if _hosted(host):
-        return f"https://{host}"
-    usual = {"https": 443, "http": 80}[scheme]
-    return f"{scheme}://{host}" + (f":{port}" if port and port != usual else "")
-
-
-def _path(path: str) -> str:
-    path = path.strip("/")
+    if server and _hosted(host):
+        server = f"https://{host}"
     if path.startswith("orgs/") and path.count("/") == 1:  # as in a browser
-        return path.removeprefix("orgs/")
-    return path.removesuffix(".git")
+        path = path.removeprefix("orgs/")
+    return server, path
 
 
 def _hosted(host: str) -> bool:
     return host == "github.com" or host.endswith(".ghe.com")
-
-
-def _tame(text: str) -> str:
-    """Leave out what may be a password."""
-    return re.sub(r"//[^/@]*@", "//", text)

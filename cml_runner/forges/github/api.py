@@ -19,6 +19,7 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
+from cml_runner.web import Passing, trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,10 +54,6 @@ NEEDS = {
         " with the repository permission Actions: write"
     ),
 }
-
-
-class Passing(RunnerError):
-    """GitHub can't be reached or doesn't work now; later it may."""
 
 
 # The first line that fits tells which error it is: status, words of the message, error.
@@ -207,22 +204,6 @@ class Api:
         if "not accessible by integration" in said and not app:
             return ". The GITHUB_TOKEN of a workflow never will do"
         return ""
-
-
-def trouble(error: Exception) -> str:
-    """Say in few words what is wrong with a connection."""
-    import requests
-
-    troubles = (
-        (requests.exceptions.SSLError, "has a certificate that isn't trusted here"),
-        (requests.exceptions.ProxyError, "can't be reached through the proxy"),
-        (requests.Timeout, "doesn't answer"),
-        (requests.exceptions.RetryError, "goes on answering with errors"),
-        (requests.ConnectionError, "can't be reached"),
-    )
-    text = next((text for kind, text in troubles if isinstance(error, kind)), "fails")
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return f"{text} ({reason or error})"
 
 
 def _kind(status: int, said: str) -> type[RunnerError]:
