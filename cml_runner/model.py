@@ -221,6 +221,7 @@ class Registration:
     single: bool
     secret: str = field(repr=False)
     group: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)  # what else the agent must know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +320,13 @@ class JobStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Identified:
+    """The forge told more about the running job."""
+
+    job: Job
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobEnded:
     """The agent finished its job."""
 
@@ -327,9 +335,10 @@ class JobEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class Troubled:
-    """The agent complains; it may or may not recover."""
+    """The agent complains; it may recover, unless it is cut off: no job will come any more."""
 
     message: str
+    cut_off: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,4 +379,15 @@ class Tick:
     """Some time went by."""
 
 
-Event = Ready | JobStarted | JobEnded | Troubled | Exited | Notice | Signalled | Retried | Tick
+Event = (
+    Ready
+    | JobStarted
+    | Identified
+    | JobEnded
+    | Troubled
+    | Exited
+    | Notice
+    | Signalled
+    | Retried
+    | Tick
+)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
     from pathlib import Path
+    from typing import ClassVar
 
     from cml_runner.model import (
         Command,
@@ -31,7 +33,8 @@ class Forge(Protocol):
     repository); passing faults and rate limits are waited for and tried again inside.
     """
 
-    job_limit: float  # seconds that the forge lets one job run
+    job_limit: ClassVar[float]  # seconds that the forge lets one job run, whatever its project says
+    one_time: ClassVar[bool]  # a machine for one job needs its registration, and no credential
 
     @property
     def url(self) -> str:
@@ -47,16 +50,27 @@ class Forge(Protocol):
         An empty url stands for the repository whose CI job the environment describes.
         """
 
-    def check(self) -> None:
-        """Make sure that our credential may register runners here, before money is spent."""
+    def check(self, labels: Sequence[str] = ()) -> None:
+        """Make sure that we may register runners with these labels, before money is spent.
+
+        Raises ConfigurationError for labels that can't be.
+        """
 
     def runners(self) -> list[Runner]:
         """List every runner that is registered."""
 
     def register(
-        self, name: str, labels: Sequence[str], *, single: bool, arch: str
+        self,
+        name: str,
+        labels: Sequence[str],
+        *,
+        single: bool,
+        arch: str,
+        expires: datetime | None = None,
     ) -> Registration:
         """Make room for one more runner; an offline one of the same name is replaced.
+
+        A forge that can is told when it will be gone, so that no job takes longer.
 
         Raises AlreadyExists if a runner of this name is online. With `single` the secret is
         good for one job of one runner; otherwise it ceases to be valid soon after its use.
@@ -64,6 +78,12 @@ class Forge(Protocol):
 
     def unregister(self, runner: Runner) -> None:
         """Remove a runner; absent is removed already. Raises JobRunning when it is busy."""
+
+    def drain(self, name: str) -> None:
+        """Give this runner no other job, if the forge can be told; its running one goes on."""
+
+    def job(self, seen: Job) -> Job:
+        """Complete what an agent could say of its job with what the forge knows."""
 
     def retry(self, job: Job) -> bool:
         """Run this job again, and only it; True once that is so, however often it is asked.
@@ -85,8 +105,22 @@ class Agent(Protocol):
         Raises AgentFailed.
         """
 
-    def command(self, directory: Path, registration: Registration) -> Command:
-        """Make it ready to take this registration, and say how to start it."""
+    def programs(self) -> Mapping[str, str]:
+        """Name what it needs on this machine: programs, and the packages of Debian with them."""
+
+    def command(
+        self,
+        directory: Path,
+        registration: Registration,
+        *,
+        volumes: Sequence[str] = (),
+        idle_timeout: float = 0,
+    ) -> Command:
+        """Make it ready to take this registration, and say how to start it.
+
+        `volumes` are for the containers of jobs, if it has such. After `idle_timeout`, in
+        seconds, nobody wants it to wait for jobs any longer; 0: for ever.
+        """
 
     def parse(self, line: str) -> Event | None:
         """Understand one line of its output."""
@@ -103,8 +137,17 @@ class Agent(Protocol):
         An agent which can't be told the latter is stopped as soon as the job has ended.
         """
 
+    def drain(self, pid: int) -> None:
+        """Have it take no other job, if it can be told; the running one goes on."""
+
     def stop(self, pid: int) -> None:
         """Ask it to end; a running job is given up."""
+
+    def leave(self, registration: Registration) -> None:
+        """Take it off the forge with nothing but its registration, where that can be done.
+
+        Raises RunnerError.
+        """
 
 
 def load(name: str, url: str, credential: Credential, group: str = "") -> Forge:

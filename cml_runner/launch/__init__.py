@@ -88,7 +88,7 @@ def prepare(order: Order) -> tuple[Forge, Runner | None]:
     """
     _understood(order)
     forge = order.access.forge()
-    forge.check()
+    forge.check(order.labels)
     return forge, find(forge.runners(), order)
 
 
@@ -179,7 +179,7 @@ def _in_region(
     order = launched.order
     own = clouds.load(order.cloud, region).dedicated
     wanted = replace(wanted, cloud=order.cloud, region=region, user=USER if own else "")
-    once = order.single and not order.machine.spot
+    once = order.single and not order.machine.spot and forge.one_time
     found = plan(order, region, replace(wanted, credential=None) if once else wanted)
     launched.plan, launched.region = found, region
     if not _created(launched, found):
@@ -229,7 +229,9 @@ def _registered(
     done: list[Registration] = []
     try:
         for name in names:
-            done.append(forge.register(name, order.labels, single=True, arch=arch))
+            done.append(
+                forge.register(name, order.labels, single=True, arch=arch, expires=order.expires)
+            )
         yield tuple(done)
     except BaseException:
         with steps.uninterrupted():

@@ -19,6 +19,7 @@ from cml_runner import clouds, forges, logs, signals, steps, store
 from cml_runner.errors import AgentFailed, AlreadyExists, JobRunning, NotFound, RunnerError
 from cml_runner.model import (
     Exited,
+    Identified,
     Identifier,
     JobEnded,
     JobStarted,
@@ -31,7 +32,7 @@ from cml_runner.model import (
     Tick,
     Troubled,
 )
-from cml_runner.supervise import machine, places, recovery, user
+from cml_runner.supervise import errands, machine, places, recovery, user
 from cml_runner.supervise.process import Process
 from cml_runner.supervise.report import Report
 from cml_runner.supervise.rules import Rules, State, Stop, step
@@ -149,6 +150,7 @@ class Supervisor:
         self._become_two()
         self.workdir.create()
         machine.startup(self.settings.startup, self.workdir.path)
+        machine.provide(self.agent.programs(), install=bool(self.settings.user))
         if self.cloud:
             machine.poll(self.cloud.notice, self.events)
         command = self._prepare(self.settings.packages)
@@ -204,33 +206,43 @@ class Supervisor:
         version = self.agent.install(self.workdir.path, packages)
         self.report.tell(state="registering", version=version)
         registration = self._register()
-        self.registered = True
+        self.registration, self.registered = registration, True
         self.secrets += (registration.secret,)
         logs.hide(registration.secret)
-        return self.agent.command(self.workdir.path, registration)
+        return self.agent.command(
+            self.workdir.path,
+            registration,
+            volumes=self.settings.docker_volumes,
+            idle_timeout=self.settings.idle_timeout,
+        )
 
     def _start(self, command: Command) -> None:
         self.state = replace(self.state, phase="starting", since=time.monotonic(), job=None)
         self.process = Process(self.agent, command, self.secrets, self.events, self.account)
 
     def _register(self) -> Registration:
-        if self.registration:
+        if not self.forge:
+            assert self.registration
             return self.registration
-        assert self.forge
-        settings, arch = self.settings, machine.arch()
         try:
-            return self.forge.register(
-                self.name, settings.labels, single=settings.single, arch=arch
-            )
+            return self._register_as(self.forge, self.name)
         except AlreadyExists:
             if not self.before:
                 raise
             # The forge hasn't noticed yet that the machine before us is gone.
             self.name = f"{self.first_name}-{secrets.token_hex(2)}"
             self.report.tell(runner=self.name)
-            return self.forge.register(
-                self.name, settings.labels, single=settings.single, arch=arch
-            )
+            return self._register_as(self.forge, self.name)
+
+    def _register_as(self, forge: Forge, name: str) -> Registration:
+        settings = self.settings
+        return forge.register(
+            name,
+            settings.labels,
+            single=settings.single,
+            arch=machine.arch(),
+            expires=settings.expires,
+        )
 
     def _watch(self) -> Stop:
         """Take events until one of them makes us stop."""
@@ -264,19 +276,44 @@ class Supervisor:
             case Ready():
                 log.info("%s is ready for jobs", self.name)
                 self.report.tell(state="ready", reason="")
-            case JobStarted(job=job):
-                log.info("running %s", job.name)
-                self.report.tell(state="busy", reason="", job=job)
-            case JobEnded(succeeded=succeeded):
-                log.info("the job %s", "succeeded" if succeeded else "failed")
-                self.report.tell(state="ready", job=None)
+            case JobStarted() | Identified() | JobEnded():
+                self._tell_of_a_job(event)
             case Troubled(message=message):
                 log.warning("the agent says: %s", message)
                 self.report.tell(reason=message)
             case Notice(reason=reason):
                 log.warning("this machine will be taken away: %s", reason)
+                if self.state.doomed:
+                    self._drain()
             case Tick() if self.state.job and not self.state.job.pipeline:
                 self.report.tell(job=self._job())
+
+    def _tell_of_a_job(self, event: JobStarted | Identified | JobEnded) -> None:
+        match event:
+            case JobStarted(job=job):
+                log.info("running %s", job.name)
+                self.report.tell(state="busy", reason="", job=job)
+                self._look_after(job)
+            case Identified(job=job):
+                log.info("it is %s: %s", job.name, job.url)
+                self.report.tell(job=self.state.job)
+            case JobEnded(succeeded=succeeded):
+                log.info("the job %s", "succeeded" if succeeded else "failed")
+                self.report.tell(state="ready", job=None)
+
+    def _look_after(self, job: Job) -> None:
+        """Learn more of a job, and take no other if we shan't stay for it."""
+        if self.forge and not job.pipeline:
+            errands.identify(self.forge, job, self.events)
+        if self.settings.single or self.state.doomed:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Take no other job, where agent and forge can be told so."""
+        if self.process and self.state.phase == "busy":
+            self.process.drain()
+            if self.forge:
+                errands.drain(self.forge, self.name)
 
     def _job(self) -> Job | None:
         """The running job, with all that the agent knows of it."""
@@ -362,6 +399,8 @@ class Supervisor:
 
     def _unregister(self) -> None:
         """Take us off the forge, and whoever was in our place before. Raises JobRunning."""
+        if not self.forge and self.registered and self.registration:
+            self.agent.leave(self.registration)
         for runner in self.forge.runners() if self.forge and self.registered else ():
             before = self.before and runner.name == self.first_name and not runner.online
             if runner.name == self.name or before:

@@ -17,7 +17,7 @@ from cml_runner.supervise.process import scrubbed
 
 if TYPE_CHECKING:
     import queue
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cml_runner.model import Event, Notice
 
@@ -62,18 +62,29 @@ def startup(script: str, directory: Path) -> None:
         raise RunnerError(msg)
 
 
+def provide(programs: Mapping[str, str], *, install: bool) -> None:
+    """Have programs on this machine, given with their packages. Raises RunnerError."""
+    missing = {name: package for name, package in programs.items() if not shutil.which(name)}
+    if not missing:
+        return
+    if not install:
+        msg = f"this machine lacks what the agent needs: install {', '.join(missing.values())}"
+        raise RunnerError(msg)
+    what = ", ".join(missing)
+    log.info("installing %s", what)
+    _run(what, ("apt-get", "-qq", "update"))
+    _run(what, ("apt-get", "-qq", "install", "--no-install-recommends", *missing.values()))
+
+
 def docker() -> None:
     """Have Docker on this machine, and its GPUs in containers. Raises RunnerError."""
-    if not shutil.which("docker"):
-        log.info("installing Docker")
-        _run(("apt-get", "-qq", "update"))
-        _run(("apt-get", "-qq", "install", "--no-install-recommends", "docker.io"))
+    provide({"docker": "docker.io"}, install=True)
     if Path("/dev/nvidia0").exists() and shutil.which("nvidia-ctk"):
-        _run(("nvidia-ctk", "runtime", "configure", "--runtime=docker"))
-        _run(("systemctl", "restart", "docker"))
+        _run("docker", ("nvidia-ctk", "runtime", "configure", "--runtime=docker"))
+        _run("docker", ("systemctl", "restart", "docker"))
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(what: str, command: Sequence[str]) -> None:
     own = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     lock = ("-o", "DPkg::Lock::Timeout=120") if command[0] == "apt-get" else ()
     try:
@@ -87,10 +98,10 @@ def _run(command: Sequence[str]) -> None:
             text=True,
         )
     except OSError as error:
-        msg = f"Docker can't be installed: {error}"
+        msg = f"{what} can't be installed: {error}"
         raise RunnerError(msg) from error
     if done.returncode:
-        msg = f"Docker can't be installed: {' '.join(command)}: {done.stdout.strip()[-500:]}"
+        msg = f"{what} can't be installed: {' '.join(command)}: {done.stdout.strip()[-500:]}"
         raise RunnerError(msg)
 
 

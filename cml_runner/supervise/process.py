@@ -98,6 +98,11 @@ class Process:
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             self._agent.abort(self.pid)
 
+    def drain(self) -> None:
+        """Have it take no other job."""
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            self._agent.drain(self.pid)
+
     def stop(self, grace: float) -> None:
         """Ask it to end, and make it after the grace, in seconds; nothing it started survives.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cml_runner.model import (
     Exited,
+    Identified,
     JobEnded,
     JobStarted,
     Notice,
@@ -14,6 +15,7 @@ from cml_runner.model import (
     Retried,
     Signalled,
     Tick,
+    Troubled,
 )
 
 if TYPE_CHECKING:
@@ -67,18 +69,31 @@ def step(state: State, event: Event, now: float, rules: Rules) -> tuple[State, S
     match event:
         case Ready() if state.phase == "starting":
             return replace(state, phase="idle", since=now), None
-        case JobStarted(job=job):
-            return replace(state, phase="busy", since=now, job=job, restarts=0), None
-        case JobEnded():
-            return replace(state, phase="idle", since=now, job=None), _after_job(state, rules)
-        case Retried():
-            return replace(state, pending=max(0, state.pending - 1), since=_later(state, now)), None
+        case JobStarted() | Identified() | JobEnded() | Retried():
+            return _of_a_job(state, event, now, rules)
+        case Troubled(cut_off=True) if state.phase != "busy":
+            return state, Stop(reason=f"the agent was cut off: {event.message}", failed=True)
         case Exited():
             return replace(state, restarts=state.restarts + 1), _after_exit(state, event, rules)
         case Notice() | Signalled():
             return _told_to_go(state, event)
         case Tick():
             return state, _overdue(state, now, rules)
+    return state, None
+
+
+def _of_a_job(
+    state: State, event: JobStarted | Identified | JobEnded | Retried, now: float, rules: Rules
+) -> tuple[State, Stop | None]:
+    match event:
+        case JobStarted(job=job):
+            return replace(state, phase="busy", since=now, job=job, restarts=0), None
+        case Identified(job=job) if state.job and state.job.id == job.id:
+            return replace(state, job=job), None
+        case JobEnded():
+            return replace(state, phase="idle", since=now, job=None), _after_job(state, rules)
+        case Retried():
+            return replace(state, pending=max(0, state.pending - 1), since=_later(state, now)), None
     return state, None
 
 

@@ -169,7 +169,7 @@ def test_a_full_disk(packages: list[Package], tmp_path: Path, home: Path) -> Non
             print(error)
     """
     arguments = [str(tmp_path / "a"), packages[0].url, packages[0].sha256]
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-B", "-c", code, *arguments]  # or it spoils its modules
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "File too large" in done.stdout
     assert (_left(tmp_path / "a"), _left(home / "agents")) == ([], [])

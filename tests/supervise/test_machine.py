@@ -44,7 +44,7 @@ def test_docker_that_is_there_is_left_alone(tools: Path) -> None:
 
 
 def test_docker_that_cant_be_installed(tools: Path) -> None:
-    with pytest.raises(RunnerError, match="Docker can't be installed"):
+    with pytest.raises(RunnerError, match="docker can't be installed"):
         machine.docker()
     tool(tools, "apt-get", "echo no network; exit 100")
     with pytest.raises(RunnerError, match="no network"):

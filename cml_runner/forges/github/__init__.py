@@ -6,7 +6,7 @@ import logging
 import re
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from cml_runner.errors import (
     AgentFailed,
@@ -42,7 +42,8 @@ ATTEMPTS = 3  # to register, while others take the same name
 class Forge:
     """The self-hosted runners of one repository, organisation or enterprise."""
 
-    job_limit = 432_000.0  # five days
+    job_limit: ClassVar = 432_000.0  # five days
+    one_time: ClassVar = True
 
     def __init__(self, url: str, credential: Credential, group: str = "") -> None:
         """Take an address; send nothing. Raises ConfigurationError."""
@@ -66,12 +67,13 @@ class Forge:
         """
         return address.detect(url, environment)
 
-    def check(self) -> None:
-        """Make sure that our credential may register runners here.
+    def check(self, labels: Sequence[str] = ()) -> None:
+        """Make sure that our credential may register runners here; any labels will do.
 
         It asks for a registration token and throws it away: nothing less proves it, since reading
         the list of runners takes a lesser permission. Whether jobs may be re-run isn't checked.
         """
+        del labels
         self._api.ask("POST", self._path("registration-token"), answers.Token)
 
     def runners(self) -> list[Runner]:
@@ -80,7 +82,13 @@ class Forge:
         return [_runner(item) for page in pages for item in page.runners]
 
     def register(
-        self, name: str, labels: Sequence[str], *, single: bool, arch: str
+        self,
+        name: str,
+        labels: Sequence[str],
+        *,
+        single: bool,
+        arch: str,
+        expires: datetime | None = None,
     ) -> Registration:
         """Make room for one more runner; an offline one of the same name is replaced.
 
@@ -88,6 +96,7 @@ class Forge:
         that an offline one no longer runs its job. With `single` the runner is registered at once;
         any other has an hour to register itself.
         """
+        del expires
         group, number = self._find_group()
         labels = _unique([*SYSTEM_LABELS, arch.upper(), *labels])
         self._make_room(name)
@@ -103,6 +112,13 @@ class Forge:
         """Remove a runner; absent is removed already. Raises JobRunning when it is busy."""
         with suppress(NotFound):
             self._api.ask("DELETE", self._path(runner.id), object)
+
+    def drain(self, name: str) -> None:
+        """Do nothing: GitHub can't be told."""
+
+    def job(self, seen: Job) -> Job:
+        """Add nothing: the agent's own hook knows all."""
+        return seen
 
     def retry(self, job: Job) -> bool:
         """Run this job again, and only it (with the jobs that wait for it).

@@ -21,7 +21,7 @@ from cml_runner.forges.github.install import install
 from cml_runner.model import Command, Exited, Job, JobEnded, JobStarted, Ready, Troubled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from cml_runner.model import Event, Package, Registration
@@ -92,12 +92,24 @@ class Agent:
         """
         return install(directory, packages)
 
-    def command(self, directory: Path, registration: Registration) -> Command:
+    def programs(self) -> Mapping[str, str]:
+        """Name nothing: it brings all it needs."""
+        return {}
+
+    def command(
+        self,
+        directory: Path,
+        registration: Registration,
+        *,
+        volumes: Sequence[str] = (),
+        idle_timeout: float = 0,
+    ) -> Command:
         """Make it ready to take this registration, and say how to start it.
 
         Raises AgentFailed, when GitHub refuses the registration say. The command may be started
         again.
         """
+        del volumes, idle_timeout
         try:
             environment = {**_settings(), **_hooks(directory)}
             if registration.single:
@@ -168,10 +180,16 @@ class Agent:
                 if _is_worker(child):
                     _kill(child)
 
+    def drain(self, pid: int) -> None:
+        """Do nothing: it has no way to be told."""
+
     def stop(self, pid: int) -> None:
         """Ask it to end; a running job is cancelled."""
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGINT)
+
+    def leave(self, registration: Registration) -> None:
+        """Do nothing: GitHub itself removes a runner that was for one job."""
 
 
 def _settings() -> dict[str, str]:

@@ -32,7 +32,7 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -61,6 +61,7 @@ from cml_runner.model import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from cml_runner.model import Credential, Package
 
@@ -106,7 +107,8 @@ class Entry:
 class Forge:
     """The runners and the jobs of one directory."""
 
-    job_limit = 5 * 24 * 3600.0  # there is none here; this is GitHub's, for the layers above
+    job_limit: ClassVar = 5 * 24 * 3600.0  # there is none here; this is GitHub's
+    one_time: ClassVar = True
 
     def __init__(self, url: str, credential: Credential | None = None, group: str = "") -> None:
         """Take file:///an/absolute/directory, or a plain path."""
@@ -127,8 +129,9 @@ class Forge:
         del environment
         return url if url.startswith("file:") else ""
 
-    def check(self) -> None:
+    def check(self, labels: Sequence[str] = ()) -> None:
         """Make sure that the directory is there, and that we may write to it."""
+        del labels
         if not self.root.is_dir():
             raise self._absent()
         if not os.access(self.root, os.W_OK | os.X_OK):
@@ -143,13 +146,19 @@ class Forge:
             return [self._runner(name, entry) for name, entry in found]
 
     def register(
-        self, name: str, labels: Sequence[str], *, single: bool, arch: str
+        self,
+        name: str,
+        labels: Sequence[str],
+        *,
+        single: bool,
+        arch: str,
+        expires: datetime | None = None,
     ) -> Registration:
         """Make room for one more runner; any architecture will do.
 
         The secret is good until the registration is gone.
         """
-        del arch
+        del arch, expires
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
             msg = f"a runner can't be called {name!r}: up to 64 letters, digits, '-', '_' and '.'"
             raise ConfigurationError(msg)
@@ -176,6 +185,13 @@ class Forge:
                 msg = f"the runner {runner.name} is running a job: wait until it has ended"
                 raise JobRunning(msg)
             self._forget(runner.name)
+
+    def drain(self, name: str) -> None:
+        """Do nothing: an agent takes the jobs that it wants."""
+
+    def job(self, seen: Job) -> Job:
+        """Add nothing: the agent has said it all."""
+        return seen
 
     def retry(self, job: Job) -> bool:
         """Queue a finished job again, once for each attempt. One that succeeded needs no more."""
@@ -449,8 +465,20 @@ class Agent:
         del directory, packages
         return __version__
 
-    def command(self, directory: Path, registration: Registration) -> Command:
+    def programs(self) -> Mapping[str, str]:
+        """Name nothing."""
+        return {}
+
+    def command(
+        self,
+        directory: Path,
+        registration: Registration,
+        *,
+        volumes: Sequence[str] = (),
+        idle_timeout: float = 0,
+    ) -> Command:
         """Say how to start it; jobs work in directories of their own below this one."""
+        del volumes, idle_timeout
         directory.mkdir(parents=True, exist_ok=True)
         root = str(Forge(registration.url).root)
         return Command(
@@ -494,7 +522,13 @@ class Agent:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
 
+    def drain(self, pid: int) -> None:
+        """Do nothing: it has no way to be told."""
+
     def stop(self, pid: int) -> None:
         """Ask it to end; a running job is cancelled."""
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
+
+    def leave(self, registration: Registration) -> None:
+        """Do nothing: what was for one job is gone with it."""

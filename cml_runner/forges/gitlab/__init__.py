@@ -1,0 +1,307 @@
+"""GitLab: gitlab.com and servers of one's own, also below a path of their host."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import quote, urlsplit
+
+from cml_runner.errors import (
+    AgentFailed,
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    JobRunning,
+    NotFound,
+    RunnerError,
+)
+from cml_runner.forges.gitlab import address, answers
+from cml_runner.forges.gitlab.agent import RELEASES, Agent
+from cml_runner.forges.gitlab.api import ENOUGH, MAINTAINER, NEEDS, Api, Place
+from cml_runner.model import Job, Package, Registration, Runner
+from cml_runner.web import Passing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
+
+    from cml_runner.model import Credential
+
+__all__ = ["Agent", "Forge"]
+
+log = logging.getLogger(__name__)
+
+# A runner asks for jobs every three seconds, and reports on its job at least every minute; GitLab
+# itself says "online" for two hours after the last word of one that was killed.
+LOST = timedelta(minutes=3)
+SHORTEST = 600  # seconds; GitLab refuses a lesser limit for the jobs of a runner
+NOTE = "Launched by cml-runner; it removes itself when it is done."
+
+# REST tells neither the tags nor the last contact of more than one runner at a time.
+FIELDS = """
+(type: {type}, first: 100, after: $after{more}) {{
+  nodes {{ id description tagList contactedAt jobExecutionStatus }}
+  pageInfo {{ hasNextPage endCursor }}
+}}"""
+QUERIES = {
+    "project": "query($path: ID!, $after: String) { scope: project(fullPath: $path) { runners"
+    + FIELDS.format(type="PROJECT_TYPE", more="")
+    + "}}",
+    "group": "query($path: ID!, $after: String) { scope: group(fullPath: $path) { runners"
+    + FIELDS.format(type="GROUP_TYPE", more=", membership: DIRECT")
+    + "}}",
+    "instance": "query($after: String) { runners"
+    + FIELDS.format(type="INSTANCE_TYPE", more="")
+    + "}",
+}
+UNFINISHED = ("created", "waiting_for_resource", "preparing", "pending", "scheduled")
+RUNNING = ("running", "canceling")
+
+
+class Forge:
+    """The runners of one project, group or server."""
+
+    job_limit: ClassVar = float("inf")  # projects have limits of their own, which fail a job
+    one_time: ClassVar = True
+
+    def __init__(self, url: str, credential: Credential, group: str = "") -> None:
+        """Take an address; send nothing. Raises ConfigurationError."""
+        self._address = address.Address.parse(url)
+        self._api = Api(self._address, credential)
+        if group:
+            msg = f"--runner-group {group}: GitLab has none; use --repo with the address of a group"
+            raise ConfigurationError(msg)
+
+    @property
+    def url(self) -> str:
+        """The full address of the project, group or server."""
+        return self._address.url
+
+    @staticmethod
+    def detect(url: str, environment: Mapping[str, str]) -> str:
+        """Return the address to use if it is one on GitLab, else "".
+
+        An empty url stands for the project whose job the environment describes.
+        """
+        return address.detect(url, environment)
+
+    def check(self, labels: Sequence[str] = ()) -> None:
+        """Make sure that our credential may register runners here.
+
+        It looks at what the token may do and at the role of its owner, where GitLab tells them.
+        Raises ConfigurationError for a label with a comma or of over 255 characters.
+        """
+        for label in labels:
+            if not 0 < len(label) <= 255:
+                msg = f"--labels: a tag of GitLab has 1 to 255 characters, unlike {label[:20]!r}…"
+                raise ConfigurationError(msg)
+        with suppress(NotFound, CredentialsError):  # it isn't an access token, say
+            scopes = self._api.ask("GET", "/personal_access_tokens/self", answers.Token).scopes
+            if "api" not in scopes and not set(scopes) >= ENOUGH:
+                self._refuse(f"its scopes are {', '.join(scopes) or 'none'}")
+        place = self._api.place
+        if place.kind == "project":
+            roles = self._api.ask("GET", f"/projects/{place.id}", answers.Place).permissions
+            known = [one.access_level for one in (roles.project_access, roles.group_access) if one]
+            if known and max(known) < MAINTAINER:
+                self._refuse("its owner has a lesser role")
+        self._first_page(place)
+
+    def runners(self) -> list[Runner]:
+        """List every runner that is registered here; those of its groups aren't ours."""
+        place = self._api.place
+        return [self._runner(node) for page in self._listed(place) for node in page.nodes]
+
+    def register(
+        self,
+        name: str,
+        labels: Sequence[str],
+        *,
+        single: bool,
+        arch: str,
+        expires: datetime | None = None,
+    ) -> Registration:
+        """Make a runner; its jobs may take as long as it will be there.
+
+        GitLab doesn't mind several of one name, but we do: raises AlreadyExists if one is online.
+        """
+        del arch
+        place = self._api.place
+        for runner in self.runners():
+            if runner.name == name and runner.online:
+                msg = f"a runner called {name} is online at {self.url}: choose another --name"
+                raise AlreadyExists(msg)
+            if runner.name == name:
+                log.info("replacing the offline runner %s", name)
+                self.unregister(runner)
+        body: dict[str, object] = {
+            "runner_type": f"{place.kind}_type",
+            "description": name,
+            "maintenance_note": NOTE,
+            "tag_list": list(labels),
+            "run_untagged": True,
+            "access_level": "not_protected",
+        }
+        if place.kind == "project":
+            body["locked"] = True
+        if place.id:
+            body[f"{place.kind}_id"] = place.id
+        if expires:
+            left = (expires - self._api.now).total_seconds()
+            body["maximum_timeout"] = max(SHORTEST, int(left))
+        made = self._create(body)
+        return Registration(
+            url=self.url,
+            name=name,
+            labels=tuple(labels),
+            single=single,
+            secret=made.token,
+            details={"server": self._api.base},
+        )
+
+    def unregister(self, runner: Runner) -> None:
+        """Remove a runner; absent is removed already. Raises JobRunning when it is busy.
+
+        GitLab would remove a busy one, too: so it is paused first, and given up if it has a job.
+        """
+        path = f"/runners/{runner.id}"
+        with suppress(NotFound):
+            if runner.online:
+                self._api.ask("PUT", path, object, {"paused": True})
+                if next(self._api.pages(f"{path}/jobs", answers.Job, status="running"), None):
+                    self._api.ask("PUT", path, object, {"paused": False})
+                    msg = f"the runner {runner.name} is running a job: wait until it has ended"
+                    raise JobRunning(msg)
+            self._api.ask("DELETE", path, object)
+
+    def drain(self, name: str) -> None:
+        """Do nothing: the agent can be told."""
+
+    def job(self, seen: Job) -> Job:
+        """Look up the job that an agent only knows by its number."""
+        project = self._project(seen)
+        found = self._api.ask("GET", f"{_project(project)}/jobs/{seen.id}", answers.Job)
+        attempts = self._attempts(project, found)
+        return Job(
+            name=found.name,
+            id=seen.id,
+            pipeline=f"{project}/-/pipelines/{found.pipeline.id}",
+            attempt=sum(one.id <= found.id for one in attempts),
+            runner=(found.runner and found.runner.description) or seen.runner,
+            url=found.web_url or seen.url,
+        )
+
+    def retry(self, job: Job) -> bool:
+        """Run this job again, and only it.
+
+        True once that is so, or if it succeeded after all. False while it runs; if its runner is
+        lost it is cancelled first, since GitLab would wait for half an hour.
+        """
+        project = self._project(job)
+        path = f"{_project(project)}/jobs/{job.id}"
+        try:
+            found = self._api.ask("GET", path, answers.Job)
+            last = max(self._attempts(project, found), key=lambda one: one.id, default=found)
+            if found.status == "success" or last.id > found.id or found.status in UNFINISHED:
+                return True
+            if found.status in RUNNING:
+                self._cancel_if_lost(path, found)
+                return False
+            self._api.ask("POST", f"{path}/retry", object)
+        except Passing as error:
+            log.warning("%s", error)
+            return False
+        return True
+
+    def packages(self) -> list[Package]:
+        """The agent of the server's own version, or the newest if there is none (yet)."""
+        version = self._api.ask("GET", "/version", answers.Version).version
+        if not (match := re.match(r"(\d+\.\d+)\.", version)):
+            msg = f"{self._api.base} is of version {version!r}, which tells nothing"
+            raise AgentFailed(msg)
+        return RELEASES.packages(f"v{match[1]}.0") or RELEASES.packages("latest")
+
+    # Inside
+
+    def _refuse(self, reason: str) -> None:
+        needs = NEEDS[self._api.place.kind]
+        msg = (
+            f"this credential may not manage the runners of {self.url}: {reason}; it takes {needs}"
+        )
+        raise CredentialsError(msg)
+
+    def _create(self, body: object) -> answers.Created:
+        try:
+            return self._api.ask("POST", "/user/runners", answers.Created, body)
+        except RunnerError as error:
+            if "exceeded" in str(error):  # https://docs.gitlab.com/administration/instance_limits/
+                msg = f"{error}. Remove some, those of cml-runner with: cml-runner gc"
+                raise RunnerError(msg) from error
+            raise
+
+    def _first_page(self, place: Place) -> answers.Runners:
+        return next(self._listed(place))
+
+    def _listed(self, place: Place) -> Iterator[answers.Runners]:
+        after: str | None = None
+        more = True
+        while more:
+            path = {"path": place.path} if place.path else {}
+            data = self._api.query(QUERIES[place.kind], **path, after=after)
+            page = data.scope.runners if data.scope else data.runners
+            if page is None:
+                self._refuse("it can't list them")
+                raise AssertionError
+            yield page
+            after, more = page.pageInfo.endCursor, page.pageInfo.hasNextPage
+
+    def _runner(self, node: answers.Node) -> Runner:
+        online = bool(node.contactedAt and self._api.now - node.contactedAt < LOST)
+        return Runner(
+            id=node.id.rpartition("/")[2],
+            name=node.description or "",
+            labels=frozenset(node.tagList or ()),
+            online=online,
+            busy=online and node.jobExecutionStatus == "ACTIVE",
+        )
+
+    def _project(self, job: Job) -> str:
+        """Find a job's project, which must be ours, by its pipeline or its address."""
+        path = urlsplit(job.url).path.removeprefix(urlsplit(self._api.base).path).strip("/")
+        project = (job.pipeline or path).partition("/-/")[0]
+        place = self._api.place
+        inside = {
+            "project": project == place.path,
+            "group": project.startswith(f"{place.path}/"),
+            "instance": bool(project),
+        }
+        if not inside[place.kind] or not job.id:
+            msg = f"{job.name!r} is no job of {self.url}"
+            raise RunnerError(msg)
+        return project
+
+    def _attempts(self, project: str, job: answers.Job) -> list[answers.Job]:
+        path = f"{_project(project)}/pipelines/{job.pipeline.id}/jobs"
+        found = self._api.pages(path, answers.Job, include_retried="true")
+        return [one for one in found if one.name == job.name]
+
+    def _cancel_if_lost(self, path: str, job: answers.Job) -> None:
+        if job.runner and not self._is_lost(job.runner.id):
+            return
+        log.info("%s was lost with its runner: cancelling it", job.name)
+        force = {"force": True} if job.status == "canceling" else None  # nobody is left to agree
+        self._api.ask("POST", f"{path}/cancel", object, force)
+
+    def _is_lost(self, runner: int) -> bool:
+        try:
+            last = self._api.ask("GET", f"/runners/{runner}", answers.Details).contacted_at
+        except NotFound:
+            return True
+        return not last or self._api.now - last > LOST
+
+
+def _project(path: str) -> str:
+    return f"/projects/{quote(path, '')}"
