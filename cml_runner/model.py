@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping  # noqa: TC003 - msgspec reads the annotations at run time
 from dataclasses import dataclass, field
-from datetime import datetime  # noqa: TC003 - msgspec reads the annotations at run time
+from datetime import datetime  # noqa: TC003
 from pathlib import Path  # noqa: TC003
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from cml_runner.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 LONGEST_NAME = 28  # 50 in all, less "cml--" and two times eight digits, as TPI has it

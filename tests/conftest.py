@@ -18,7 +18,7 @@ from pytest_socket import socket_allow_hosts
 from cml_runner import steps
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Task
-from tests.worlds import World, worlds
+from tests.worlds import WORLDS, World, worlds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -117,6 +117,6 @@ def processes_of(home: Path, *words: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture(params=["local", "github"])
+@pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     yield from worlds(request.param, tmp_path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from cml_runner.forges.local import Forge
 from cml_runner.wait import until
 from tests.lab.github import GitHub, WorkflowJob
+from tests.lab.gitlab import GitLab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -116,8 +117,57 @@ class OnGitHub:
         self.github.__exit__()
 
 
+class OnGitLab:
+    """The fake of tests/lab."""
+
+    STATES: Mapping[str, str] = {
+        "pending": "queued",
+        "success": "succeeded",
+        "canceled": "cancelled",
+    }
+
+    def __init__(self) -> None:
+        self.gitlab = GitLab(haste=60).__enter__()
+        self.gitlab.add("acme/model")
+        token = self.gitlab.add_token("api")
+        self.repo = f"{self.gitlab.url}/acme/model"
+        self.environment = {
+            "REPO_TOKEN": token,
+            "CML_RUNNER_DRIVER": "gitlab",
+            "GITLAB_RUNNER_DOWNLOADS": self.gitlab.downloads,
+        }
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.environment["REPO_TOKEN"], *self.gitlab.secrets)
+
+    def submit(self, name: str, script: str, label: str = "cml") -> None:
+        self.gitlab.add_job("acme/model", name, script, (label,))
+
+    def job(self, name: str) -> Seen:
+        attempts = [one for one in self.gitlab.jobs if one.name == name]
+        last = attempts[-1]
+        started = [one for one in attempts if one.status != "pending"]
+        state = self.STATES.get(last.status, last.status)
+        return Seen(state, len(started), last.ran_on, last.trace.decode())
+
+    def runners(self) -> dict[str, bool]:
+        found = list(self.gitlab.runners.values())
+        return {one.description: self.gitlab.online(one) for one in found}
+
+    def leave_alone(self) -> None:
+        self.gitlab.__exit__()
+
+
+WORLDS: Mapping[str, Callable[[Path], World]] = {
+    "local": Local,
+    "github": lambda _: OnGitHub(),
+    "gitlab": lambda _: OnGitLab(),
+}
+
+
 def worlds(name: str, root: Path) -> Iterator[World]:
     """Open one, and close it."""
-    world: World = Local(root) if name == "local" else OnGitHub()
+    world = WORLDS[name](root)
     yield world
     world.leave_alone()

@@ -14,10 +14,11 @@ import pytest
 
 from cml_runner import forges
 from cml_runner.errors import AlreadyExists, JobRunning, NotFound
-from cml_runner.forges import github, local
+from cml_runner.forges import github, gitlab, local
 from cml_runner.model import Credential, JobEnded, JobStarted, Ready, Runner
 from cml_runner.wait import until
 from tests.lab.github import GitHub, WorkflowJob
+from tests.lab.gitlab import GitLab, GitLabJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -114,9 +115,45 @@ def github_rig(_: Path) -> Iterator[Rig]:
         yield GitHubRig(there)
 
 
+class GitLabRig:
+    def __init__(self, there: GitLab) -> None:
+        there.add("some/group/project")
+        credential = Credential(token=there.add_token("api"))
+        self.forge = gitlab.Forge(f"{there.url}/some/group/project", credential)
+        self.nowhere = gitlab.Forge(f"{there.url}/some/nowhere", credential)
+        self._there = there
+
+    def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
+        return str(self._there.add_job("some/group/project", name, script, labels).id)
+
+    def state(self, job: str) -> str:
+        words = {"pending": "queued", "success": "succeeded", "canceled": "cancelled"}
+        status = self._attempts(job)[-1].status
+        return words.get(status, status)
+
+    def attempts(self, job: str) -> int:
+        return len([one for one in self._attempts(job) if one.status != "pending"])
+
+    def log(self, job: str) -> str:
+        return self._attempts(job)[-1].trace.decode()
+
+    def _attempts(self, job: str) -> list[GitLabJob]:
+        first = next(one for one in self._there.jobs if one.id == int(job))
+        return self._there.attempts(first)
+
+
+@contextmanager
+def gitlab_rig(_: Path) -> Iterator[Rig]:
+    with GitLab(prefix="/below", haste=60) as there, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GITLAB_RUNNER_DOWNLOADS", there.downloads)
+        patch.setenv("RUNNER_EXECUTOR", "shell")
+        yield GitLabRig(there)
+
+
 RIGS: dict[str, Callable[[Path], AbstractContextManager[Rig]]] = {
     "local": local_rig,
     "github": github_rig,
+    "gitlab": gitlab_rig,
 }
 
 
@@ -153,8 +190,12 @@ class Scene:
     def running(self, started: Started, name: str, number: int = 1) -> Job:
         """Complete what the agent said about its first, second, … job, while it runs."""
         seen = started.wait(JobStarted, number).job
-        self.until(lambda: self.agent.job(self.home / name, seen).pipeline)
-        return self.agent.job(self.home / name, seen)
+
+        def told() -> Job:
+            return self.forge.job(self.agent.job(self.home / name, seen))
+
+        self.until(lambda: told().pipeline)
+        return told()
 
     def until(self, condition: Callable[[], object]) -> None:
         until(condition, "the forge", 30, 0.05)
@@ -284,13 +325,24 @@ def test_a_runner_takes_only_jobs_for_its_labels(scene: Scene) -> None:
     assert scene.rig.state(for_both) == "queued"
 
 
-def test_a_single_runner_takes_one_job(scene: Scene) -> None:
-    first = scene.rig.submit("first", "true")
+def test_a_single_runner_takes_one_job(scene: Scene, waiting: str, flag: Path) -> None:
+    first = scene.rig.submit("first", waiting)
     second = scene.rig.submit("second", "true")
-    started = scene.start(scene.register("one", single=True))
+    registration = scene.register("one", single=True)
+    started = scene.start(registration)
+    started.wait(JobStarted)
+    scene.forge.drain("one")
+    flag.touch()
     assert started.wait(JobEnded) == JobEnded(succeeded=True)
-    exited = scene.agent.exited(started.ended())
-    assert (exited.code, exited.again, exited.outdated) == (0, False, False)
+    if scene.forge.one_time:
+        exited = scene.agent.exited(started.ended())
+        assert (exited.code, exited.again, exited.outdated) == (0, False, False)
+        scene.agent.leave(registration)
+        scene.agent.leave(registration)
+    else:  # it has to be told to end, and can't leave by itself
+        scene.agent.stop(started.pid)
+        started.ended()
+        scene.forge.unregister(scene.runner("one"))
     scene.until(lambda: scene.names() == set())
     scene.becomes(first, "succeeded")
     assert scene.rig.state(second) == "queued"

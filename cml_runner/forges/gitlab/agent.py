@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HOME = "https://gitlab-runner-downloads.s3.amazonaws.com"
+MIRROR = "GITLAB_RUNNER_DOWNLOADS"  # the variable with another address
 PROGRAM, MARK = "gitlab-runner", ".cml-runner-version"
 IMAGE = "ubuntu:24.04"  # for jobs that name none, if they run in containers at all
 SPARE = 60  # seconds after our own idle timeout that the program leaves by itself
@@ -50,9 +52,12 @@ COMPLAINTS = ("Runner is not healthy", "Checking for jobs... ", "Executor update
 
 
 class Releases:
-    """Where the program comes from."""
+    """Where the program comes from: GitLab's own place, or a mirror of it."""
 
-    url = "https://gitlab-runner-downloads.s3.amazonaws.com"
+    @property
+    def url(self) -> str:
+        """The address below which each release has a directory."""
+        return os.environ.get(MIRROR, "").rstrip("/") or HOME
 
     def packages(self, version: str) -> list[Package]:
         """List a release's builds for Linux: "v18.5.0" or "latest"; none if there is no such.
