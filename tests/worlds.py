@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cml_runner.forges.local import Forge
 from cml_runner.wait import until
+from tests.lab.bitbucket import Bitbucket
 from tests.lab.github import GitHub, WorkflowJob
 from tests.lab.gitlab import GitLab
 
@@ -159,10 +160,50 @@ class OnGitLab:
         self.gitlab.__exit__()
 
 
+class OnBitbucket:
+    """The fake of tests/lab."""
+
+    STATES: Mapping[str, str] = {"SUCCESSFUL": "succeeded", "STOPPED": "cancelled"}
+
+    def __init__(self, root: Path) -> None:
+        self.bitbucket = Bitbucket(offline_after=2).__enter__()
+        self.bitbucket.add("acme/model")
+        self.repo = f"{self.bitbucket.url}/acme/model"
+        self.environment = {
+            "REPO_TOKEN": self.bitbucket.add_token(),
+            "CML_RUNNER_DRIVER": "bitbucket",
+            **self.bitbucket.environment(root / "java"),
+        }
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        token = self.environment["REPO_TOKEN"]
+        return (token, token.partition(":")[2], *self.bitbucket.secrets)
+
+    def submit(self, name: str, script: str, label: str = "cml") -> None:
+        self.bitbucket.add_pipeline("acme/model", name, script, (label,))
+
+    def job(self, name: str) -> Seen:
+        runs = [one for one in self.bitbucket.pipelines if one.step.name == name]
+        self.bitbucket.sweep()
+        step = runs[-1].step
+        started = [one for one in runs if one.step.state != "PENDING"]
+        state = {"PENDING": "queued", "IN_PROGRESS": "running"}.get(step.state, "failed")
+        return Seen(self.STATES.get(step.result, state), len(started), step.runner, step.log)
+
+    def runners(self) -> dict[str, bool]:
+        found = list(self.bitbucket.runners.values())
+        return {one.name: self.bitbucket.status(one) == "ONLINE" for one in found}
+
+    def leave_alone(self) -> None:
+        self.bitbucket.__exit__()
+
+
 WORLDS: Mapping[str, Callable[[Path], World]] = {
     "local": Local,
     "github": lambda _: OnGitHub(),
     "gitlab": lambda _: OnGitLab(),
+    "bitbucket": OnBitbucket,
 }
 
 

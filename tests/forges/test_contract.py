@@ -14,9 +14,10 @@ import pytest
 
 from cml_runner import forges
 from cml_runner.errors import AlreadyExists, JobRunning, NotFound
-from cml_runner.forges import github, gitlab, local
+from cml_runner.forges import bitbucket, github, gitlab, local
 from cml_runner.model import Credential, JobEnded, JobStarted, Ready, Runner
 from cml_runner.wait import until
+from tests.lab.bitbucket import Bitbucket, Pipeline
 from tests.lab.github import GitHub, WorkflowJob
 from tests.lab.gitlab import GitLab, GitLabJob
 
@@ -150,7 +151,42 @@ def gitlab_rig(_: Path) -> Iterator[Rig]:
         yield GitLabRig(there)
 
 
+class BitbucketRig:
+    def __init__(self, there: Bitbucket) -> None:
+        there.add("team/repo")
+        credential = Credential(token=there.add_token())
+        self.forge = bitbucket.Forge(f"{there.url}/team/repo", credential)
+        self.nowhere = bitbucket.Forge(f"{there.url}/team/nowhere", credential)
+        self._there = there
+
+    def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
+        return self._there.add_pipeline("team/repo", name, script, labels).uuid
+
+    def state(self, job: str) -> str:
+        words = {"SUCCESSFUL": "succeeded", "STOPPED": "cancelled", "IN_PROGRESS": "running"}
+        step = self._runs(job)[-1].step
+        return words.get(step.result or step.state, "failed" if step.result else "queued")
+
+    def attempts(self, job: str) -> int:
+        return len([one for one in self._runs(job) if one.step.state != "PENDING"])
+
+    def log(self, job: str) -> str:
+        return self._runs(job)[-1].step.log
+
+    def _runs(self, job: str) -> list[Pipeline]:
+        return self._there.runs(next(one for one in self._there.pipelines if one.uuid == job))
+
+
+@contextmanager
+def bitbucket_rig(directory: Path) -> Iterator[Rig]:
+    with Bitbucket(page=2, offline_after=1) as there, pytest.MonkeyPatch.context() as patch:
+        for name, value in there.environment(directory).items():
+            patch.setenv(name, value)
+        yield BitbucketRig(there)
+
+
 RIGS: dict[str, Callable[[Path], AbstractContextManager[Rig]]] = {
+    "bitbucket": bitbucket_rig,
     "local": local_rig,
     "github": github_rig,
     "gitlab": gitlab_rig,

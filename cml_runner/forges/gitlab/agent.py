@@ -98,6 +98,7 @@ class Agent:
 
     def __init__(self) -> None:
         self._aborted: set[int] = set()
+        self._name = ""
         self._weary = False  # the program is about to end since it has waited long enough
 
     def install(self, directory: Path, packages: Sequence[Package]) -> str:
@@ -137,6 +138,7 @@ class Agent:
         Jobs run in containers where there is Docker, else in a shell that inherits the program's
         environment: so the token's variable is overwritten there.
         """
+        self._name = registration.name
         executor = _executor()
         arguments = [
             *(str(directory / PROGRAM), "--log-format", "json", "run-single"),
@@ -168,7 +170,7 @@ class Agent:
         if said.startswith("This runner has not received a job in "):
             self._weary = True
         if said == "Checking for jobs... received":
-            return JobStarted(job=_job(found))
+            return JobStarted(job=_job(found, self._name))
         if said.startswith(("Job succeeded", "Job failed")):
             return JobEnded(succeeded=said == "Job succeeded")
         return _trouble(said, found)
@@ -259,8 +261,8 @@ def _replaced(path: Path) -> Path:
     return path
 
 
-def _job(found: Mapping[str, Any]) -> Job:
+def _job(found: Mapping[str, Any], runner: str) -> Job:
     """Read which job it got: its number, and the project that it belongs to."""
     number, repo = str(found.get("job", "")), str(found.get("repo_url", ""))
     url = f"{repo.removesuffix('.git')}/-/jobs/{number}" if repo else ""
-    return Job(name=f"job {number}", id=number, url=url)
+    return Job(name=f"job {number}", id=number, runner=runner, url=url)

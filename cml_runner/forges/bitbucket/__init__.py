@@ -1,0 +1,290 @@
+"""Bitbucket Cloud."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
+
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    JobRunning,
+    NotFound,
+    RunnerError,
+)
+from cml_runner.forges.bitbucket import address, answers
+from cml_runner.forges.bitbucket.agent import Agent, package, runtime
+from cml_runner.forges.bitbucket.api import NEEDS, WRITE, Api
+from cml_runner.model import Job, Registration, Runner
+from cml_runner.web import Passing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from cml_runner.model import Credential, Package
+
+__all__ = ["Agent", "Forge"]
+
+log = logging.getLogger(__name__)
+
+# https://support.atlassian.com/bitbucket-cloud/docs/configure-your-runner-in-bitbucket-pipelines-yml/
+LABEL = re.compile(r"[a-z0-9.]{1,50}")
+MOST_LABELS = 10
+SYSTEM_LABELS = {"docker": {"x64": "linux", "arm64": "linux.arm64"}, "shell": {}}
+SHELL_LABEL = "linux.shell"
+KEPT = ("type", "ref_type", "ref_name", "selector", "source", "destination", "pullrequest")
+RECENT = 100  # pipelines to look at for one that is a repetition already
+
+
+class Forge:
+    """The self-hosted runners of one repository or workspace."""
+
+    job_limit: ClassVar = float("inf")  # steps have limits of their own, which fail them
+    one_time: ClassVar = False  # only its owner's credential can remove a runner
+
+    def __init__(self, url: str, credential: Credential, group: str = "") -> None:
+        """Take an address; send nothing. Raises ConfigurationError."""
+        self._address = address.Address.parse(url)
+        self._api = Api(self._address, credential)
+        if group:
+            msg = f"--runner-group {group}: Bitbucket has none"
+            raise ConfigurationError(msg)
+
+    @property
+    def url(self) -> str:
+        """The full address of the repository or workspace."""
+        return self._address.url
+
+    @staticmethod
+    def detect(url: str, environment: Mapping[str, str]) -> str:
+        """Return the address to use if it is one on Bitbucket, else "".
+
+        An empty url stands for the repository whose pipeline the environment describes.
+        """
+        return address.detect(url, environment)
+
+    def check(self, labels: Sequence[str] = ()) -> None:
+        """Make sure that our credential may register runners here, as far as can be told.
+
+        Raises ConfigurationError if Bitbucket takes no such labels.
+        """
+        mistakes = [one for one in labels if not LABEL.fullmatch(one)]
+        if mistakes:
+            wrong = ",".join(mistakes)
+            msg = f"--labels {wrong}: Bitbucket takes up to 50 of a to z, 0 to 9 and dots"
+            raise ConfigurationError(msg)
+        if len(_labels(labels, "x64")) > MOST_LABELS:
+            msg = f"--labels: Bitbucket takes {MOST_LABELS}, of which two are its own"
+            raise ConfigurationError(msg)
+        self.runners()
+        if self._api.scopes and not self._api.scopes & {*WRITE}:
+            msg = f"this credential may only list the runners of {self.url}: it takes {NEEDS}"
+            raise CredentialsError(msg)
+
+    def runners(self) -> list[Runner]:
+        """List every runner that is registered."""
+        return [_runner(one) for one in self._api.runners(self._path())]
+
+    def register(
+        self,
+        name: str,
+        labels: Sequence[str],
+        *,
+        single: bool,
+        arch: str,
+        expires: datetime | None = None,
+    ) -> Registration:
+        """Make a runner, on the machine where it will be: its labels say what that can do.
+
+        Bitbucket may not mind several of one name, but we do: raises AlreadyExists if one is
+        online.
+        """
+        del expires
+        for runner in self.runners():
+            if runner.name == name and runner.online:
+                msg = f"a runner called {name} is online at {self.url}: choose another --name"
+                raise AlreadyExists(msg)
+            if runner.name == name:
+                log.info("replacing the offline runner %s", name)
+                self.unregister(runner)
+        labels = _labels(labels, arch)
+        made = self._create({"name": name, "labels": list(labels)})
+        client = made.oauth_client or answers.Client(id="")
+        return Registration(
+            url=self.url,
+            name=name,
+            labels=labels,
+            single=single,
+            secret=client.secret,
+            details={"runner": made.uuid, "client": client.id, **self._owners()},
+        )
+
+    def unregister(self, runner: Runner) -> None:
+        """Remove a runner; absent is removed already. Raises JobRunning when it is busy.
+
+        It is cordoned first, and given up if it has a step.
+        """
+        with suppress(NotFound):
+            if runner.online:
+                self._cordon(runner, cordoned=True)
+                if self._api.ask("GET", self._path(runner.id), answers.Runner).state.step:
+                    self._cordon(runner, cordoned=False)
+                    msg = f"the runner {runner.name} is running a step: wait until it has ended"
+                    raise JobRunning(msg)
+            self._api.ask("DELETE", self._path(runner.id), object)
+
+    def drain(self, name: str) -> None:
+        """Cordon the runner; its step goes on."""
+        for runner in self.runners():
+            if runner.name == name:
+                self._cordon(runner, cordoned=True)
+
+    def job(self, seen: Job) -> Job:
+        """Look up the step that an agent only knows by its numbers.
+
+        What stays the same when a pipeline is run again identifies it: commit and selector.
+        """
+        root, pipeline_id, step_id = self._find(seen)
+        pipeline = self._api.ask("GET", pipeline_id, answers.Pipeline)
+        step = self._api.ask("GET", step_id, answers.Step)
+        number, web = pipeline.build_number, root.removeprefix("/repositories")
+        return Job(
+            name=step.name or "a step",
+            id=seen.id,
+            pipeline=f"{root} {_identity(pipeline)}",
+            attempt=number,
+            runner=seen.runner,
+            url=f"{self._address.server}{web}/pipelines/results/{number}",
+        )
+
+    def retry(self, job: Job) -> bool:
+        """Run the whole pipeline of this step again: Bitbucket can't do less.
+
+        True once that is so, or if the step succeeded after all. False while its pipeline runs; it
+        is stopped if the runner is lost.
+        """
+        root, pipeline_id, step_id = self._find(job)
+        try:
+            pipeline = self._api.ask("GET", pipeline_id, answers.Pipeline)
+            step = self._api.ask("GET", step_id, answers.Step)
+            if step.state.is_good or self._repeated(root, pipeline):
+                return True
+            if not pipeline.state.is_over:
+                if not step.state.is_over and self._is_lost(job.runner):
+                    log.info("%s was lost with its runner: stopping its pipeline", job.name)
+                    self._api.ask("POST", f"{pipeline_id}/stopPipeline", object)
+                return False
+            log.warning(
+                "%s: its whole pipeline runs again, as a new one without the artifacts of the old",
+                job.name,
+            )
+            body = {"target": _target(pipeline)}
+            self._api.ask("POST", f"{root}/pipelines/", object, body)
+        except Passing as error:
+            log.warning("%s", error)
+            return False
+        return True
+
+    def packages(self) -> list[Package]:
+        """The one for machines without Docker."""
+        return package()
+
+    # Inside
+
+    def _path(self, uuid: str = "") -> str:
+        rest = f"/{quote(uuid, '')}" if uuid else ""
+        return f"{self._address.scope}/pipelines-config/runners{rest}"
+
+    def _create(self, body: object) -> answers.Runner:
+        try:
+            return self._api.ask("POST", self._path(), answers.Runner, body)
+        except (CredentialsError, NotFound, Passing):
+            raise
+        except RunnerError as error:
+            hint = "if there are too many runners, remove those of cml-runner with: cml-runner gc"
+            msg = f"{error}; {hint}"
+            raise RunnerError(msg) from error
+
+    def _cordon(self, runner: Runner, *, cordoned: bool) -> None:
+        body = {
+            "name": runner.name,
+            "labels": sorted(runner.labels),
+            "state": {"status": "ONLINE", "cordoned": cordoned},
+        }
+        self._api.ask("PUT", self._path(runner.id), object, body)
+
+    def _owners(self) -> dict[str, str]:
+        """Say who the runner works for: a workspace always, and perhaps one repository in it."""
+        if self._address.repository:
+            found = self._api.ask("GET", self._address.scope, answers.Repository)
+            return {"workspace": found.workspace.uuid, "repository": found.uuid}
+        return {"workspace": self._api.ask("GET", self._address.scope, answers.Owner).uuid}
+
+    def _find(self, job: Job) -> tuple[str, str, str]:
+        """Find the paths of a step's repository, of its pipeline and of itself."""
+        parts = job.id.split("/")
+        if len(parts) != 3 or not all(parts):
+            msg = f"nobody knows which pipeline {job.name!r} was part of: run it again by hand"
+            raise RunnerError(msg)
+        repository, pipeline, step = (quote(part, "") for part in parts)
+        if self._address.repository:
+            root = self._address.scope
+        else:
+            root = f"/repositories/{quote(self._address.workspace)}/{repository}"
+        path = f"{root}/pipelines/{pipeline}"
+        return root, path, f"{path}/steps/{step}"
+
+    def _repeated(self, root: str, pipeline: answers.Pipeline) -> bool:
+        """Say whether the same was run later on, by us or by somebody else."""
+        path = f"{root}/pipelines/?sort=-created_on&pagelen={RECENT}"
+        later = self._api.ask("GET", path, answers.Pipelines).values
+        return any(
+            one.build_number > pipeline.build_number and _identity(one) == _identity(pipeline)
+            for one in later
+        )
+
+    def _is_lost(self, name: str) -> bool:
+        return bool(name) and not any(one.name == name and one.online for one in self.runners())
+
+
+def _labels(labels: Sequence[str], arch: str) -> tuple[str, ...]:
+    system = SYSTEM_LABELS[runtime()].get(arch, SHELL_LABEL)
+    return tuple(dict.fromkeys(("self.hosted", system, *labels)))
+
+
+def _runner(item: answers.Runner) -> Runner:
+    return Runner(
+        id=item.uuid,
+        name=item.name,
+        labels=frozenset(item.labels),
+        online=item.state.status == "ONLINE",
+        busy=bool(item.state.step),
+    )
+
+
+def _commit(pipeline: answers.Pipeline) -> str:
+    return str((pipeline.target.get("commit") or {}).get("hash", ""))
+
+
+def _identity(pipeline: answers.Pipeline) -> str:
+    target = pipeline.target
+    selector = target.get("selector") or {}
+    parts = (selector.get("type"), selector.get("pattern"), target.get("ref_name"))
+    return " ".join([_commit(pipeline), *(str(one or "") for one in parts)])
+
+
+def _target(pipeline: answers.Pipeline) -> dict[str, Any]:
+    """Write the target for another run; links and the like are left out."""
+    target = {name: pipeline.target[name] for name in KEPT if pipeline.target.get(name)}
+    if commit := _commit(pipeline):
+        target["commit"] = {"type": "commit", "hash": commit}
+    if "pullrequest" in target:
+        target["pullrequest"] = {"id": target["pullrequest"].get("id")}
+        hash_ = (pipeline.target.get("destination_commit") or {}).get("hash")
+        target["destination_commit"] = {"hash": hash_}
+    return target
