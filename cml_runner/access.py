@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cml_runner.forges import Forge
 
 
+TOKENS = ("GITHUB_TOKEN", "GITLAB_TOKEN", "BITBUCKET_TOKEN")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What people say on the command line, word for word."""
@@ -56,7 +59,7 @@ def find(asked: Asked, environment: Mapping[str, str]) -> Access:
     """
     mistakes: list[str] = []
     driver, url = _address(asked, environment, mistakes)
-    credential = _credential(asked, mistakes)
+    credential = _credential(asked, environment, driver, mistakes)
     if mistakes:
         raise ConfigurationError(*mistakes)
     access = Access(driver=driver, url=url, credential=credential, group=asked.runner_group)
@@ -78,7 +81,9 @@ def _address(asked: Asked, environment: Mapping[str, str], mistakes: list[str]) 
     return driver or asked.driver, url
 
 
-def _credential(asked: Asked, mistakes: list[str]) -> Credential:
+def _credential(
+    asked: Asked, environment: Mapping[str, str], driver: str, mistakes: list[str]
+) -> Credential:
     if bool(asked.github_app_id) != bool(asked.github_app_key):
         mistakes.append("--github-app-id and --github-app-key go together")
     key = asked.github_app_key
@@ -87,7 +92,11 @@ def _credential(asked: Asked, mistakes: list[str]) -> Credential:
             key = Path(key).expanduser().read_text()
         except OSError as error:
             mistakes.append(f"--github-app-key is neither a PEM nor a file: {error.strerror}")
-    return Credential(token=asked.token, app_id=asked.github_app_id, app_key=key)
+    token = asked.token
+    if not token and not key:  # the forge's own variable; as CML did, any other if it isn't set
+        names = sorted(TOKENS, key=lambda name: name != f"{driver.upper()}_TOKEN")
+        token = next((environment[name] for name in names if environment.get(name)), "")
+    return Credential(token=token, app_id=asked.github_app_id, app_key=key)
 
 
 def _remote() -> str:

@@ -106,6 +106,14 @@ trap failed EXIT
 watch=$!
 
 {deadline}
+# Clones of an image that was not cleaned share an identity, by which GitLab tells runners apart.
+step='giving this machine an identity of its own'
+booted="$(($(date +%s) - $(cut -d . -f 1 /proc/uptime)))"
+if [ "$(stat -c %Y /etc/machine-id)" -lt "$((booted - 60))" ]; then
+  {{ rm -f /etc/machine-id && systemd-machine-id-setup &&
+    systemctl try-restart systemd-journald.service; }} || true
+fi
+
 step='stopping automatic upgrades'
 systemctl mask --quiet --now apt-daily.timer apt-daily-upgrade.timer \\
   unattended-upgrades.service || true

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 
     from cml_runner.access import Access
     from cml_runner.clouds import Cloud, Plan
+    from cml_runner.model import Runner
 
 log = logging.getLogger(__name__)
 
 FOLLOW = 0.5  # seconds between two looks at a log
+SILENCE = timedelta(days=1)  # after which nobody waits for a runner any more
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,33 @@ def expired(several: Sequence[Found], older_than: float) -> list[Found]:
             or (older_than and one.lease.created < oldest)
         )
     ]
+
+
+def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:
+    """Pick the registrations of ours whose runner is gone for good.
+
+    Ours are those which say so, or whose name no other program makes up. Of living tasks none is
+    taken, nor one that a launch elsewhere may have just made: it must have been silent for a day.
+    """
+    kept = {name for found in living for name in found.runners()}
+    oldest = _now() - SILENCE
+    return [
+        one
+        for one in runners
+        if not one.online
+        and one.name not in kept
+        and (one.ours or _is_ours(one.name))
+        and one.seen
+        and one.seen < oldest
+    ]
+
+
+def _is_ours(name: str) -> bool:
+    """Know a name that was made up by us, with what is added to it for more than one runner."""
+    for text in (name, re.sub(r"(-\d{1,3})?(-[0-9a-f]{4})?$", "", name)):
+        with suppress(ConfigurationError):
+            return Identifier.parse(text).prefix == "cml"
+    return False
 
 
 def _unregister(lease: Lease, names: set[str], access: Callable[[], Access | None]) -> None:

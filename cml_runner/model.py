@@ -180,6 +180,8 @@ class Runner:
     labels: frozenset[str]
     online: bool
     busy: bool
+    ours: bool = False  # the forge keeps a note that we made it
+    seen: datetime | None = None  # when it was last heard of, or made; None: nobody knows
 
 
 @dataclass(frozen=True, kw_only=True)

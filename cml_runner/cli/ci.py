@@ -13,16 +13,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DOTENV = "cml-runner.env"
+PREFIX = "CML_LAUNCHED_"  # CML_RUNNER_ would be options for the next one
 SHOWN = ("name", "id", "cloud", "region", "instanceType", "spot", "labels", "repo", "expires")
 
 
 def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Write a GitHub step's outputs and summary, where there is such a thing."""
+    """Write a GitHub step's outputs and summary, a GitLab job's or Bitbucket step's variables."""
     if output := environment.get("GITHUB_OUTPUT"):
         _append(output, "".join(_output(key, value) for key, value in fields.items()))
     if summary := environment.get("GITHUB_STEP_SUMMARY"):
         rows = "".join(f"| {key} | {_cell(fields[key])} |\n" for key in SHOWN)
         _append(summary, f"### cml-runner\n\n| | |\n| --- | --- |\n{rows}\n")
+    for path in _dotenvs(environment):
+        told = ("id", "name", "cloud", "region", "labels")
+        _append(path, "".join(f"{PREFIX}{key.upper()}={_cell(fields[key])}\n" for key in told))
+
+
+def _dotenvs(environment: Mapping[str, str]) -> list[str]:
+    """Find the files whose variables later jobs get: as KEY=VALUE, one on a line.
+
+    https://docs.gitlab.com/ci/yaml/artifacts_reports/#artifactsreportsdotenv
+    https://support.atlassian.com/bitbucket-cloud/docs/variables-and-secrets/
+    """
+    found = []
+    if "GITLAB_CI" in environment:
+        found.append(str(Path(environment.get("CI_PROJECT_DIR", "."), DOTENV)))
+    if path := environment.get("BITBUCKET_PIPELINES_VARIABLES_PATH"):
+        found.append(path)
+    return found
 
 
 def _output(key: str, value: Any) -> str:

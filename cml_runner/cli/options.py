@@ -19,14 +19,12 @@ LEVELS = ("error", "warn", "info", "debug")
 
 # Every option is also a variable: CML_RUNNER_ and its name.
 SETTINGS = {"auto_envvar_prefix": "CML_RUNNER"}
+# The forges' own variables come after these: see access.find.
 TOKENS = (
     "CML_RUNNER_TOKEN",
     "CML_RUNNER_DRIVER_TOKEN",
     "REPO_TOKEN",
     "repo_token",
-    "GITHUB_TOKEN",
-    "GITLAB_TOKEN",
-    "BITBUCKET_TOKEN",
 )
 
 

@@ -137,8 +137,9 @@ def gc_(
 ) -> None:
     """Remove what is past its deadline, and what launches that died have left behind.
 
-    Given the repository and a token, on the forge too. Safe in cron: what is being launched, or
-    within its time, is never touched.
+    Given the repository and a token, on the forge too: runners that cml-runner registered, and
+    that have been silent for a day. Safe in cron: what is being launched, or within its time, is
+    never touched, nor what others have registered.
     """
     from cml_runner import inventory
 
@@ -147,11 +148,25 @@ def gc_(
     if not dry_run:
         inventory.destroy(several, _access(values))
     names = [str(found.id) for found in several]
+    names += _sweep(_access(values)(), dry_run=dry_run)
     if output == "json":
         options.echo_json({"removed": [] if dry_run else names, "found": names})
     else:
         verb = "would be removed" if dry_run else "removed"
         click.echo("\n".join(f"{name}: {verb}" for name in names) or "nothing to remove", err=True)
+
+
+def _sweep(access: Access | None, *, dry_run: bool) -> list[str]:
+    """Take registrations off a forge whose runners are long gone; return their names."""
+    if not access:
+        return []
+    from cml_runner import inventory
+
+    forge = access.forge()
+    found = inventory.stale(forge.runners(), inventory.tasks())
+    for runner in () if dry_run else found:
+        forge.unregister(runner)
+    return [one.name for one in found]
 
 
 def _access(values: Mapping[str, Any]) -> Callable[[], Access | None]:

@@ -28,6 +28,10 @@ MAINTAINER, OWNER = 40, 50
 ENDED = ("success", "failed", "canceled")
 
 
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
 @dataclass
 class Place:
     """A project or a group."""
@@ -60,6 +64,8 @@ class Runner:
     locked: bool
     run_untagged: bool
     paused: bool = False
+    note: str = ""
+    created: datetime = field(default_factory=_now)
     contacted: datetime | None = None
 
 
@@ -265,6 +271,7 @@ class GitLab(FarSide):
                 locked=body.get("locked", False),
                 run_untagged=body.get("run_untagged", True),
                 paused=body.get("paused", False),
+                note=body.get("maintenance_note", ""),
             )
             self.runners[runner.id] = runner
             self.secrets.append(runner.token)
@@ -414,6 +421,8 @@ class GitLab(FarSide):
                 "tagList": one.tags,
                 "contactedAt": self._last_word(one),
                 "jobExecutionStatus": "ACTIVE" if self._busy(one) else "IDLE",
+                "createdAt": one.created.isoformat(),
+                "maintenanceNote": one.note,
             }
             for one in page
         ]
@@ -531,7 +540,3 @@ class GitLab(FarSide):
             others = f"{'f' * 64} *binaries/gitlab-runner-darwin-amd64\n"
             return Response(others + "".join(f"{digest} *{name}\n" for name in names))
         return Response(self.program(), mimetype="application/octet-stream")
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SUITES = {"bookworm": "3.11", "trixie": "3.13"}  # and their Python
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "cloud-init", "iproute2", "netbase", "procps"),
-    *("curl", "ca-certificates", "openssh-server", "sudo", "iptables"),
+    *("curl", "ca-certificates", "openssh-server", "sudo", "iptables", "git"),
 )
 
 

@@ -264,6 +264,7 @@ def _runner(item: answers.Runner) -> Runner:
         labels=frozenset(item.labels),
         online=item.state.status == "ONLINE",
         busy=bool(item.state.step),
+        seen=item.state.updated_on or item.created_on,
     )
 
 

@@ -6,6 +6,7 @@ https://developer.atlassian.com/cloud/bitbucket/rest/api-group-pipelines/
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime  # noqa: TC003 - msgspec reads the annotations at run time
 from typing import Any
 
 
@@ -31,6 +32,7 @@ class RunnerState:
     status: str
     cordoned: bool = False
     step: Any = None
+    updated_on: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Runner:
     state: RunnerState
     labels: list[str] = field(default_factory=list)
     oauth_client: Client | None = None
+    created_on: datetime | None = None
 
 
 @dataclass(frozen=True)

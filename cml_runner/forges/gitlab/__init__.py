@@ -43,7 +43,7 @@ NOTE = "Launched by cml-runner; it removes itself when it is done."
 # REST tells neither the tags nor the last contact of more than one runner at a time.
 FIELDS = """
 (type: {type}, first: 100, after: $after{more}) {{
-  nodes {{ id description tagList contactedAt jobExecutionStatus }}
+  nodes {{ id description tagList contactedAt jobExecutionStatus createdAt maintenanceNote }}
   pageInfo {{ hasNextPage endCursor }}
 }}"""
 QUERIES = {
@@ -266,6 +266,8 @@ class Forge:
             labels=frozenset(node.tagList or ()),
             online=online,
             busy=online and node.jobExecutionStatus == "ACTIVE",
+            ours=node.maintenanceNote == NOTE,
+            seen=node.contactedAt or node.createdAt,
         )
 
     def _project(self, job: Job) -> str:

@@ -101,6 +101,8 @@ class Node:
     tagList: list[str] | None = None
     contactedAt: datetime | None = None
     jobExecutionStatus: str | None = None
+    createdAt: datetime | None = None
+    maintenanceNote: str | None = None
 
 
 @dataclass(frozen=True)
