@@ -106,6 +106,9 @@ class Api:
         url = f"{self._where.server}/site/oauth2/access_token"
         body = {"grant_type": "client_credentials"}
         answer = self._session.post(url, data=body, auth=(key, secret), timeout=TIMEOUT)
+        if 400 <= answer.status_code < 500:
+            msg = f"the OAuth consumer for {self._where.url} is wrong, or isn't a private one"
+            raise CredentialsError(msg)
         if not answer.ok:
             raise self._refusal(answer)
         found = msgspec.json.decode(answer.content, type=answers.Token)
