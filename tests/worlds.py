@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cml_runner.forges.local import Forge
 from cml_runner.wait import until
@@ -15,6 +15,9 @@ from tests.lab.gitlab import GitLab
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+
+PYTHON = "/usr/bin/python3"  # of the lab's machines
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,25 @@ class World(Protocol):
     def leave_alone(self) -> None:
         """End."""
 
+    def move_out(self, host: str) -> Mapping[str, Any]:
+        """Get the names that it has in the world, or this one; say what to serve for each.
+
+        It is the same application for people as for machines, whose Python is another.
+        """
+
 
 def wait(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
     until(condition, what, timeout, 0.05)
+
+
+def below(application: Any, prefix: str) -> Any:
+    """Serve what an application has below a path."""
+
+    def found(environ: dict[str, Any], start: Any) -> Any:
+        path = prefix + environ["PATH_INFO"]
+        return application({**environ, "PATH_INFO": path, "RAW_URI": path}, start)
+
+    return found
 
 
 class Local:
@@ -77,6 +96,9 @@ class Local:
 
     def leave_alone(self) -> None:
         return
+
+    def move_out(self, host: str) -> Mapping[str, Any]:
+        raise NotImplementedError
 
 
 class OnGitHub:
@@ -116,6 +138,12 @@ class OnGitHub:
 
     def leave_alone(self) -> None:
         self.github.__exit__()
+
+    def move_out(self, host: str) -> Mapping[str, Any]:
+        self.github.address = f"https://{host}"
+        self.github.python = PYTHON
+        self.repo = f"https://{host}/acme/model"
+        return {host: None}
 
 
 class OnGitLab:
@@ -159,6 +187,19 @@ class OnGitLab:
     def leave_alone(self) -> None:
         self.gitlab.__exit__()
 
+    def move_out(self, host: str) -> Mapping[str, Any]:
+        self.gitlab.address, self.gitlab.python = "https://gitlab.com", PYTHON
+        self.repo = "acme/model"
+        self.environment = {
+            "REPO_TOKEN": self.environment["REPO_TOKEN"],
+            "CML_RUNNER_DRIVER": "gitlab",
+        }
+        app = self.gitlab.app
+        return {
+            "gitlab.com": app,
+            "gitlab-runner-downloads.s3.amazonaws.com": below(app, "/_downloads"),
+        }
+
 
 class OnBitbucket:
     """The fake of tests/lab."""
@@ -197,6 +238,16 @@ class OnBitbucket:
 
     def leave_alone(self) -> None:
         self.bitbucket.__exit__()
+
+    def move_out(self, host: str) -> Mapping[str, Any]:
+        self.bitbucket.address = "https://api.bitbucket.org"
+        self.repo = "https://bitbucket.org/acme/model"
+        self.environment = {"REPO_TOKEN": self.environment["REPO_TOKEN"]}
+        app = self.bitbucket.app
+        return {
+            "bitbucket.org": app,
+            "product-downloads.atlassian.com": below(app, "/_downloads"),
+        }
 
 
 WORLDS: Mapping[str, Callable[[Path], World]] = {

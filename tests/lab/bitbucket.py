@@ -234,7 +234,7 @@ class Bitbucket(FarSide):
         self.app.add_url_rule(token, "token", self._token, methods=["POST"])
         self.app.add_url_rule("/_runner/next", "next", self._next, methods=["POST"])
         self.app.add_url_rule("/_runner/end", "end", self._end, methods=["POST"])
-        self.app.add_url_rule("/_downloads/<file>", "downloads", lambda file: self.package())
+        self.app.add_url_rule("/_downloads/<path:file>", "downloads", lambda file: self.package())
         self.app.register_error_handler(
             Refused, lambda no: self.refusal(no.status, no.message, no.detail)
         )

@@ -25,11 +25,17 @@ def suite() -> str:
 
 
 @pytest.fixture
-def region(tmp_path: Path, suite: str) -> Iterator[Region]:
+def forge() -> str:
+    """The forge for which runners are launched."""
+    return "github"
+
+
+@pytest.fixture
+def region(tmp_path: Path, suite: str, forge: str) -> Iterator[Region]:
     """A set-up account, whose launcher may do no more than our own policy says."""
     if reason := missing(PREPARED):
         pytest.skip(f"the lab {reason}")
-    with Region(PREPARED, tmp_path, suite) as found:
+    with Region(PREPARED, tmp_path, suite, forge) as found:
         done = found.cli("setup", "aws")
         assert done.returncode == 0, done.stderr
         policy = json.loads(found.cli("permissions", "aws").stdout)

@@ -102,6 +102,7 @@ class GitLab(FarSide):
     version: str = "18.5.2-ee"
     releases: tuple[str, ...] = ("v18.5.0", "latest")
     checksum: str = ""  # given in place of the right one
+    python: str = sys.executable  # where the runner program is started
     haste: float = 1  # time since a runner's last word goes by so much faster
     most_runners: int = 1000
     places: dict[str, Place] = field(default_factory=dict)
@@ -147,7 +148,7 @@ class GitLab(FarSide):
         if real := shutil.which("gitlab-runner"):
             return Path(real).read_bytes()
         lines = PROGRAM.read_text().splitlines(keepends=True)
-        return "".join([f"#!{sys.executable} -IB\n", *lines]).encode()
+        return "".join([f"#!{self.python} -IB\n", *lines]).encode()
 
     # The server
 

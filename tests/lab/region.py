@@ -4,6 +4,7 @@
         region.cli("launch", "--cloud", "aws", …)
 
 Everything has the name that it has in the world, but for GitHub, which is an Enterprise Server.
+The forge is another one on demand: gitlab.com, or Bitbucket.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tests.lab.aws import AWS
-from tests.lab.github import GitHub
 from tests.lab.internet import Internet
 from tests.lab.machines import Machine
 from tests.lab.prepare import SUITES
+from tests.worlds import WORLDS, OnGitHub
 
 if TYPE_CHECKING:
     import subprocess
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.lab.aws.instances import Instance
+    from tests.lab.github import GitHub
+    from tests.worlds import World
 
 PACKAGES, FORGE = "packages.lab.example", "git.lab.example"
 TOOLS = ("systemd-nspawn", "ip", "nsenter", "mount")
@@ -51,7 +54,13 @@ def missing(prepared: Path) -> str:
 class Region:
     """All of it."""
 
-    def __init__(self, prepared: Path, directory: Path, suite: str = next(iter(SUITES))) -> None:
+    def __init__(
+        self,
+        prepared: Path,
+        directory: Path,
+        suite: str = next(iter(SUITES)),
+        forge: str = "github",
+    ) -> None:
         self.prepared, self.directory, self.suite = prepared, directory, suite
         self.machines: dict[str, Machine] = {}
         self.consoles: dict[str, list[str]] = {}
@@ -60,22 +69,18 @@ class Region:
         self._stack = ExitStack()
         self.internet = Internet(directory)
         self.aws = AWS(self)
-        self.github = GitHub()
+        self.world: World = WORLDS[forge](directory)
         self.launcher: dict[str, str] = {}  # keys; empty: those of an administrator
 
     def __enter__(self) -> Region:
         self.internet = self._stack.enter_context(self.internet)
         self.aws = self._stack.enter_context(self.aws)
-        self.github = self._stack.enter_context(self.github)
+        self._stack.callback(self.world.leave_alone)
         self._stack.callback(self._end_all)
-        self.github.address = f"https://{FORGE}"
-        self.github.python = "/usr/bin/python3"
-        self.github.poll, self.github.offline_after, self.github.lost_after = 0.5, 2, 3
-        self.github.add_repository("acme/model")
-        self.token = self.github.add_token("repo", "workflow")
+        for host, application in self.world.move_out(FORGE).items():
+            self.internet.serve(host, application or _proxy(self.github.own_url))
         self.internet.serve("amazonaws.com", self.aws.app)
         self.internet.serve("checkip.amazonaws.com", _address)
-        self.internet.serve(FORGE, _proxy(self.github.own_url))
         self.internet.serve(PACKAGES, self._package)
         return self
 
@@ -83,9 +88,15 @@ class Region:
         self._stack.close()
 
     @property
-    def repo(self) -> str:
-        """The repository for which runners are launched."""
-        return f"https://{FORGE}/acme/model"
+    def github(self) -> GitHub:
+        """The forge, if it is GitHub."""
+        assert isinstance(self.world, OnGitHub)
+        return self.world.github
+
+    @property
+    def token(self) -> str:
+        """The launcher's credential for the forge."""
+        return self.world.environment["REPO_TOKEN"]
 
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables of a launcher."""
@@ -95,9 +106,8 @@ class Region:
             "AWS_ACCESS_KEY_ID": found["id"],
             "AWS_SECRET_ACCESS_KEY": found["secret"],
             "AWS_SESSION_TOKEN": found["token"],
-            "REPO_TOKEN": self.token,
-            "CML_RUNNER_DRIVER": "github",
-            "CML_RUNNER_REPO": self.repo,
+            **self.world.environment,
+            "CML_RUNNER_REPO": self.world.repo,
             "CML_RUNNER_MACHINE_PACKAGE_INDEX": f"https://{PACKAGES}/simple/",
             "CML_RUNNER_MACHINE_UV": f"https://{PACKAGES}/uv.tar.gz#sha256={uv}",
         }
