@@ -98,10 +98,9 @@ class Forge:
             if not 0 < len(label) <= 255:
                 msg = f"--labels: a tag of GitLab has 1 to 255 characters, unlike {label[:20]!r}…"
                 raise ConfigurationError(msg)
-        with suppress(NotFound, CredentialsError):  # it isn't an access token, say
-            scopes = self._api.ask("GET", "/personal_access_tokens/self", answers.Token).scopes
-            if "api" not in scopes and not set(scopes) >= ENOUGH:
-                self._refuse(f"its scopes are {', '.join(scopes) or 'none'}")
+        scopes = self._scopes()
+        if scopes is not None and "api" not in scopes and not scopes >= ENOUGH:
+            self._refuse(f"its scopes are {', '.join(sorted(scopes)) or 'none'}")
         place = self._api.place
         if place.kind == "project":
             roles = self._api.ask("GET", f"/projects/{place.id}", answers.Place).permissions
@@ -225,6 +224,12 @@ class Forge:
         return RELEASES.packages(f"v{match[1]}.0") or RELEASES.packages("latest")
 
     # Inside
+
+    def _scopes(self) -> set[str] | None:
+        """Ask what the credential may do; None if it is of a kind which doesn't say."""
+        with suppress(NotFound, CredentialsError):
+            return set(self._api.ask("GET", "/personal_access_tokens/self", answers.Token).scopes)
+        return None
 
     def _refuse(self, reason: str) -> None:
         needs = NEEDS[self._api.place.kind]

@@ -48,7 +48,7 @@ BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # the first
 EXECUTOR, DOCKER_IMAGE = "RUNNER_EXECUTOR", "DOCKER_IMAGE"
 SOCKET, GPU = Path("/var/run/docker.sock"), Path("/dev/nvidia0")
 
-COMPLAINTS = ("Runner is not healthy", "Checking for jobs... ", "Executor update", "Failed to ")
+COMPLAINTS = ("Checking for jobs... ", "Executor update", "Failed to ")
 
 
 class Releases:
@@ -228,8 +228,9 @@ class Agent:
 
 
 def _trouble(said: str, found: Mapping[str, Any]) -> Troubled | None:
-    grave = found.get("level") in {"fatal", "panic"}
-    if not grave and not said.startswith(COMPLAINTS):
+    level = found.get("level")
+    grave = level in {"warning", "error"} and said.startswith(COMPLAINTS)
+    if not grave and level not in {"fatal", "panic"}:
         return None
     cut_off = said == "Checking for jobs... forbidden"
     reason = "its runner was removed" if cut_off else found.get("status")
