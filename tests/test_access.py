@@ -56,6 +56,41 @@ def test_the_remote_of_a_checkout_without_its_password(checkout: Path) -> None:
     assert "s3cret" not in access.url
 
 
+@pytest.mark.parametrize(
+    ("environment", "driver", "url"),
+    [
+        (
+            {"CI_SERVER_URL": "https://x.y/z", "CI_PROJECT_URL": "https://x.y/z/a/b"},
+            "gitlab",
+            "https://x.y/z/a/b",
+        ),
+        ({"BITBUCKET_REPO_FULL_NAME": "a/b"}, "bitbucket", "https://bitbucket.org/a/b"),
+        (
+            {"GITHUB_ACTIONS": "true", "GITHUB_REPOSITORY": "a/b"},
+            "github",
+            "https://github.com/a/b",
+        ),
+    ],
+)
+def test_in_a_ci_job(environment: dict[str, str], driver: str, url: str) -> None:
+    access = find(Asked(), environment)
+    assert (access.driver, access.url) == (driver, url)
+
+
+@pytest.mark.parametrize(
+    ("repo", "environment", "token"),
+    [
+        ("https://gitlab.com/a/b", {"GITHUB_TOKEN": "gh", "GITLAB_TOKEN": "gl"}, "gl"),
+        ("https://bitbucket.org/a/b", {"GITHUB_TOKEN": "gh", "BITBUCKET_TOKEN": "bb"}, "bb"),
+        ("https://github.com/a/b", {"GITLAB_TOKEN": "gl"}, "gl"),
+        ("https://github.com/a/b", {}, ""),
+    ],
+)
+def test_the_forge_s_own_variable(repo: str, environment: dict[str, str], token: str) -> None:
+    assert find(Asked(repo=repo), environment).credential.token == token
+    assert find(Asked(repo=repo, token="mine"), environment).credential.token == "mine"
+
+
 def test_a_key_from_a_file(checkout: Path) -> None:
     (checkout / "key.pem").write_text("-----BEGIN RSA PRIVATE KEY-----")
     asked = Asked(repo="https://github.com/a/b", github_app_id="1", github_app_key="key.pem")

@@ -27,7 +27,7 @@ def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         _append(summary, f"### cml-runner\n\n| | |\n| --- | --- |\n{rows}\n")
     for path in _dotenvs(environment):
         told = ("id", "name", "cloud", "region", "labels")
-        _append(path, "".join(f"{PREFIX}{key.upper()}={_cell(fields[key])}\n" for key in told))
+        _append(path, "".join(f"{PREFIX}{key.upper()}={_line(fields[key])}\n" for key in told))
 
 
 def _dotenvs(environment: Mapping[str, str]) -> list[str]:
@@ -51,8 +51,12 @@ def _output(key: str, value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
+    return _line(value).replace("|", "\\|")
+
+
+def _line(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("\n", " ")
 
 
 def _append(path: str, text: str) -> None:

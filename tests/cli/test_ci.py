@@ -59,5 +59,20 @@ def parsed(text: str) -> dict[str, str]:
     return found
 
 
+def test_variables_for_later_jobs(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    gitlab = {"GITLAB_CI": "true", "CI_PROJECT_DIR": str(tmp_path)}
+    ci.report(FIELDS, {**gitlab, "BITBUCKET_PIPELINES_VARIABLES_PATH": str(other)})
+    text = (tmp_path / "cml-runner.env").read_text()
+    assert text.splitlines() == [
+        "CML_LAUNCHED_ID=cml-gpu",
+        "CML_LAUNCHED_NAME=gpu",
+        "CML_LAUNCHED_CLOUD=local",
+        "CML_LAUNCHED_REGION=us-west",
+        "CML_LAUNCHED_LABELS=a|b",
+    ]
+    assert other.read_text() == text
+
+
 def test_elsewhere_nothing_is_written() -> None:
     ci.report(FIELDS, {})

@@ -59,10 +59,10 @@ class Runner:
     place: Place | None
     kind: str
     description: str
-    tags: list[str]
-    maximum_timeout: int | None
-    locked: bool
-    run_untagged: bool
+    tags: list[str] = field(default_factory=list)
+    maximum_timeout: int | None = None
+    locked: bool = False
+    run_untagged: bool = True
     paused: bool = False
     note: str = ""
     created: datetime = field(default_factory=_now)
