@@ -28,6 +28,7 @@ class Asked:
     headers: Mapping[str, str]
     body: Any
     status: int
+    answer: Any = None  # if it was JSON
 
 
 @dataclass
@@ -140,7 +141,7 @@ class FarSide:
         fault: Fault | None = request.environ.get("lab.fault")
         if fault and fault.after:
             response = self._spoilt(fault)
-        self._log(response.status_code)
+        self._log(response.status_code, response.get_json(silent=True))
         return response
 
     def _spoilt(self, fault: Fault) -> Response:
@@ -154,11 +155,11 @@ class FarSide:
             found.headers[name] = value
         return found
 
-    def _log(self, status: int) -> None:
+    def _log(self, status: int, answer: Any = None) -> None:
         body = request.get_json(silent=True) if request.is_json else request.form.to_dict()
         seen = (request.method, self._path(), request.args.to_dict(), dict(request.headers))
         with self.changed:
-            self.requests.append(Asked(*seen, body, status))
+            self.requests.append(Asked(*seen, body, status, answer))
 
     def _failed(self, error: Exception) -> Any:
         if isinstance(error, HTTPException):
