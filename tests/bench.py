@@ -171,15 +171,16 @@ def seconds(value: float) -> str:
 
 def measure(bench: Bench) -> None:
     from tests import bench_aws
-    from tests.worlds import Local, OnGitHub
+    from tests.worlds import WORLDS, Local
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
     print(f"{python} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores\n")
     start_up(bench)
     with tried("local forge"):
         launches(bench, Local(bench.root), "local forge", 1, 10)
-    with tried("GitHub"), closing(OnGitHub()) as world:
-        launches(bench, world, "GitHub", 1)
+    for forge in ("github", "gitlab", "bitbucket"):
+        with tried(forge), closing(WORLDS[forge](bench.root)) as world:
+            launches(bench, world, forge, 1)
     with tried("AWS"):
         bench_aws.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
     with tried("AWS, in the lab"):
