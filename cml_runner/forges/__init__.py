@@ -99,8 +99,6 @@ class Forge(Protocol):
 class Agent(Protocol):
     """The forge's own runner program."""
 
-    one_shot: ClassVar[bool]  # after its only job it ends by itself
-
     def install(self, directory: Path, packages: Sequence[Package]) -> str:
         """Put it there, its checksum verified, unless it is there; return its version.
 

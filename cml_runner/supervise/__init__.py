@@ -328,7 +328,7 @@ class Supervisor:
             self._interrupt(stop)
             if not self.process.wait(0):
                 self._settle(ABORT, stop)
-        elif stop.ended and self.agent.one_shot:
+        elif stop.ended:  # or it tells the forge how the job ended
             self.process.wait(GRACE)
         self.report.tell(state="stopping", reason=stop.reason, job=None)
         self.process.stop(GRACE)

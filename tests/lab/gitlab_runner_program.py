@@ -56,7 +56,8 @@ def arguments() -> argparse.Namespace:
 
 def log(level: str, message: str, **fields: object) -> None:
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    print(json.dumps({**fields, "level": level, "msg": message, "time": stamp}), file=sys.stderr)
+    line = json.dumps({**fields, "level": level, "msg": message, "time": stamp})
+    os.write(sys.stderr.fileno(), f"{line}\n".encode())  # also from within a signal's handler
 
 
 class Single:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -79,8 +79,6 @@ def package() -> list[Package]:
 
 class Agent:
     """The runner program: how to install, start, understand and end it."""
-
-    one_shot: ClassVar = False
 
     def __init__(self) -> None:
         self._options: Path | None = None  # of Java, with a secret in them

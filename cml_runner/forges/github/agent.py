@@ -12,7 +12,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import replace
 from shlex import quote
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -84,8 +84,6 @@ exit 0
 
 class Agent:
     """The runner program: how to install, start, understand and end it."""
-
-    one_shot: ClassVar = True
 
     def install(self, directory: Path, packages: Sequence[Package]) -> str:
         """Put it there, its checksum verified, unless it is there; return its version.

@@ -10,7 +10,7 @@ import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psutil
 
@@ -95,8 +95,6 @@ DOWNLOAD = Download("GitLab", PROGRAM)
 
 class Agent:
     """The runner program: how to install, start, understand and end it."""
-
-    one_shot: ClassVar = True
 
     def __init__(self) -> None:
         self._aborted: set[int] = set()

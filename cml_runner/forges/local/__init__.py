@@ -460,8 +460,6 @@ def _sha256(secret: str) -> str:
 class Agent:
     """The program in __main__.py, as the supervisor sees it."""
 
-    one_shot: ClassVar = True
-
     def install(self, directory: Path, packages: Sequence[Package]) -> str:
         """Do nothing: it is installed with us, and of our version."""
         del directory, packages
