@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol
+
+from cml_runner.errors import AlreadyExists
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
         Registration,
         Runner,
     )
+
+log = logging.getLogger(__name__)
 
 NAMES = tuple(module.name for module in iter_modules(__path__))
 
@@ -160,6 +165,20 @@ def agent(name: str) -> Agent:
     """Import the named forge's agent."""
     found: Agent = import_module(f"{__name__}.{name}").Agent()
     return found
+
+
+def make_room(forge: Forge, name: str) -> None:
+    """Remove offline runners of a name, for forges that don't mind several of them.
+
+    Raises AlreadyExists if one is online.
+    """
+    for runner in forge.runners():
+        if runner.name == name and runner.online:
+            msg = f"a runner called {name} is online at {forge.url}: choose another --name"
+            raise AlreadyExists(msg)
+        if runner.name == name:
+            log.info("replacing the offline runner %s", name)
+            forge.unregister(runner)
 
 
 def detect(

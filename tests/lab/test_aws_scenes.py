@@ -45,7 +45,7 @@ def ended(region: Region, name: str) -> str | None:
 
 def nothing_is_left(region: Region) -> None:
     wait(region, lambda: region.aws.left() == [], f"all to go: {region.aws.left()}")
-    assert list(region.github.runners()) == []
+    assert region.world.runners() == {}
     for machine in region.machines.values():
         machine.end()
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
+from cml_runner import forges
 from cml_runner.errors import (
-    AlreadyExists,
     ConfigurationError,
     CredentialsError,
     JobRunning,
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # https://support.atlassian.com/bitbucket-cloud/docs/configure-your-runner-in-bitbucket-pipelines-yml/
 LABEL = re.compile(r"[a-z0-9.]{1,50}")
 MOST_LABELS = 10
-SYSTEM_LABELS = {"docker": {"x64": "linux", "arm64": "linux.arm64"}, "shell": {}}
+DOCKER_LABELS = {"x64": "linux", "arm64": "linux.arm64"}
 SHELL_LABEL = "linux.shell"
 KEPT = ("type", "ref_type", "ref_name", "selector", "source", "destination", "pullrequest")
 RECENT = 100  # pipelines to look at for one that is a repetition already
@@ -105,13 +105,7 @@ class Forge:
         online.
         """
         del expires
-        for runner in self.runners():
-            if runner.name == name and runner.online:
-                msg = f"a runner called {name} is online at {self.url}: choose another --name"
-                raise AlreadyExists(msg)
-            if runner.name == name:
-                log.info("replacing the offline runner %s", name)
-                self.unregister(runner)
+        forges.make_room(self, name)
         labels = _labels(labels, arch)
         made = self._create({"name": name, "labels": list(labels)})
         client = made.oauth_client or answers.Client(id="")
@@ -253,7 +247,7 @@ class Forge:
 
 
 def _labels(labels: Sequence[str], arch: str) -> tuple[str, ...]:
-    system = SYSTEM_LABELS[runtime()].get(arch, SHELL_LABEL)
+    system = DOCKER_LABELS[arch] if runtime() == "docker" else SHELL_LABEL
     return tuple(dict.fromkeys(("self.hosted", system, *labels)))
 
 

@@ -9,9 +9,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote, urlsplit
 
+from cml_runner import forges
 from cml_runner.errors import (
     AgentFailed,
-    AlreadyExists,
     ConfigurationError,
     CredentialsError,
     JobRunning,
@@ -92,7 +92,7 @@ class Forge:
         """Make sure that our credential may register runners here.
 
         It looks at what the token may do and at the role of its owner, where GitLab tells them.
-        Raises ConfigurationError for a label with a comma or of over 255 characters.
+        Raises ConfigurationError for a label of over 255 characters.
         """
         for label in labels:
             if not 0 < len(label) <= 255:
@@ -102,12 +102,9 @@ class Forge:
         if scopes is not None and "api" not in scopes and not scopes >= ENOUGH:
             self._refuse(f"its scopes are {', '.join(sorted(scopes)) or 'none'}")
         place = self._api.place
-        if place.kind == "project":
-            roles = self._api.ask("GET", f"/projects/{place.id}", answers.Place).permissions
-            known = [one.access_level for one in (roles.project_access, roles.group_access) if one]
-            if known and max(known) < MAINTAINER:
-                self._refuse("its owner has a lesser role")
-        self._first_page(place)
+        if place.role is not None and place.role < MAINTAINER:
+            self._refuse("its owner has a lesser role")
+        next(self._listed(place))
 
     def runners(self) -> list[Runner]:
         """List every runner that is registered here; those of its groups aren't ours."""
@@ -129,13 +126,7 @@ class Forge:
         """
         del arch
         place = self._api.place
-        for runner in self.runners():
-            if runner.name == name and runner.online:
-                msg = f"a runner called {name} is online at {self.url}: choose another --name"
-                raise AlreadyExists(msg)
-            if runner.name == name:
-                log.info("replacing the offline runner %s", name)
-                self.unregister(runner)
+        forges.make_room(self, name)
         body: dict[str, object] = {
             "runner_type": f"{place.kind}_type",
             "description": name,
@@ -246,9 +237,6 @@ class Forge:
                 msg = f"{error}. Remove some, those of cml-runner with: cml-runner gc"
                 raise RunnerError(msg) from error
             raise
-
-    def _first_page(self, place: Place) -> answers.Runners:
-        return next(self._listed(place))
 
     def _listed(self, place: Place) -> Iterator[answers.Runners]:
         after: str | None = None

@@ -193,6 +193,8 @@ class Agent:
         It would let the job's processes take ten minutes to end, so they are killed. A second
         signal would end it before it has told GitLab: so this is its only one.
         """
+        if pid in self._aborted:
+            return
         self._aborted.add(pid)
         with suppress(psutil.Error):
             program = psutil.Process(pid)
@@ -209,8 +211,7 @@ class Agent:
 
     def stop(self, pid: int) -> None:
         """Ask it to end; a running job is given up."""
-        if pid not in self._aborted:
-            self.abort(pid)
+        self.abort(pid)
 
     def leave(self, registration: Registration) -> None:
         """Remove its runner, with the runner's own token. Raises RunnerError."""

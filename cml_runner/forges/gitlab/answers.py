@@ -37,6 +37,12 @@ class Roles:
     project_access: Role | None = None
     group_access: Role | None = None
 
+    @property
+    def highest(self) -> int | None:
+        """The one that counts."""
+        known = [one.access_level for one in (self.project_access, self.group_access) if one]
+        return max(known, default=None)
+
 
 @dataclass(frozen=True)
 class Place:

@@ -62,6 +62,7 @@ class Place:
     kind: Kind
     path: str  # on the server; "" for the server itself
     id: int = 0
+    role: int | None = None  # of the credential's owner in a project, where GitLab tells
 
 
 class Api:
@@ -101,7 +102,7 @@ class Api:
                 found = self.ask("GET", f"/{kind}s/{quote(path, '')}{options}", answers.Place)
             except NotFound:
                 continue
-            return Place(kind, path, found.id)
+            return Place(kind, path, found.id, found.permissions.highest)
         hint = "is the address right, and may this credential see it?"
         msg = f"{self._where.url} wasn't found; {hint} It takes {NEEDS[kinds[0]]}"
         raise NotFound(msg)
