@@ -97,6 +97,13 @@ class Forge(Protocol):
         Raises RunnerError when it never will.
         """
 
+    def lost(self, name: str) -> list[Job]:
+        """List the jobs which a runner of this name was running when it vanished.
+
+        To be asked while no such runner is there. It may not know all, but what it lists is
+        certain: a job that failed by itself is never among them.
+        """
+
     def packages(self) -> list[Package]:
         """The agent releases to install, one per architecture; none if it comes with us."""
 

@@ -20,13 +20,13 @@ from cml_runner.errors import (
 from cml_runner.forges.github import address, answers
 from cml_runner.forges.github.agent import SYSTEM_LABELS, Agent
 from cml_runner.forges.github.api import Api
-from cml_runner.model import Package, Registration, Runner
+from cml_runner.model import Job, Package, Registration, Runner
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from cml_runner.model import Credential, Job
+    from cml_runner.model import Credential
 
 __all__ = ["Agent", "Forge"]
 
@@ -134,6 +134,30 @@ class Forge:
         except Passing as error:
             log.warning("%s", error)
             return False
+
+    def lost(self, name: str) -> list[Job]:
+        """List what still seems to run on this runner; GitHub waits some minutes for its return.
+
+        Only a repository can be asked which of its runs go on.
+        """
+        if self._address.kind != "repository":
+            return []
+        path = f"{self._address.prefix}/actions/runs"
+        pages = self._api.pages(path, answers.Runs, needs="job", status="in_progress")
+        return [
+            Job(
+                name=job.name,
+                id=str(job.id),
+                pipeline=f"{self._address.path}/actions/runs/{run.id}",
+                attempt=run.run_attempt,
+                runner=name,
+                url=f"{self.url}/actions/runs/{run.id}/job/{job.id}",
+            )
+            for page in pages
+            for run in page.workflow_runs
+            for job in self._jobs(f"{path}/{run.id}", run.run_attempt)
+            if job.runner_name == name and job.status == "in_progress"
+        ]
 
     def packages(self) -> list[Package]:
         """The releases to install: what GitHub offers here, unless it is about to refuse them.

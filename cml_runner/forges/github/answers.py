@@ -70,6 +70,14 @@ class Run:
 
     run_attempt: int
     status: str
+    id: int = 0
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One page of them."""
+
+    workflow_runs: list[Run]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -16,14 +18,22 @@ if TYPE_CHECKING:
     from cml_runner.model import Package
 
 MARK = ".cml-runner-version"  # in the directory of an installed one, once it is complete
+BROUGHT = Path("/home/runner")  # where ghcr.io/actions/actions-runner has it
 DOWNLOAD = Download("GitHub", "actions-runner")
 
 
 def install(directory: Path, packages: Sequence[Package]) -> str:
-    """Put the program there, unless it is there; return its version. Raises AgentFailed."""
-    package = DOWNLOAD.choose(packages)
+    """Put the program there, unless it is there; return its version. Raises AgentFailed.
+
+    What a container image brings will do; once it is refused, another is downloaded in its place.
+    """
     mark = directory / MARK
     try:
+        if not mark.exists() and (version := _brought()):
+            shutil.copytree(BROUGHT, directory, symlinks=True, dirs_exist_ok=True)
+            mark.write_text(version)
+            return version
+        package = DOWNLOAD.choose(packages)
         if mark.exists() and mark.read_text() == package.version:
             return package.version
         directory.mkdir(parents=True, exist_ok=True)
@@ -35,6 +45,17 @@ def install(directory: Path, packages: Sequence[Package]) -> str:
         msg = f"GitHub's runner program can't be installed in {directory}: {error}"
         raise AgentFailed(msg) from error
     return package.version
+
+
+def _brought() -> str:
+    """Return the version of the program that GitHub's own container image holds, if this is one."""
+    program = BROUGHT / "bin" / "Runner.Listener"
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [program, "--version"], check=True, capture_output=True, text=True, timeout=60
+        )
+        return done.stdout.strip()
+    return ""
 
 
 def _unpack(file: IO[bytes], directory: Path) -> None:

@@ -206,6 +206,15 @@ class Forge:
             return False
         return True
 
+    def lost(self, name: str) -> list[Job]:
+        """List what still seems to run on offline runners of this name."""
+        return [
+            self.job(Job(name=job.name, id=str(job.id), runner=name, url=job.web_url))
+            for runner in self.runners()
+            if runner.name == name and not runner.online
+            for job in self._api.pages(f"/runners/{runner.id}/jobs", answers.Job, status="running")
+        ]
+
     def packages(self) -> list[Package]:
         """The agent of the server's own version, or the newest if there is none (yet)."""
         version = self._api.ask("GET", "/version", answers.Version).version

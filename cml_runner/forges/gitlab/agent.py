@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 HOME = "https://gitlab-runner-downloads.s3.amazonaws.com"
 MIRROR = "GITLAB_RUNNER_DOWNLOADS"  # the variable with another address
+BROUGHT = Path("/usr/bin/gitlab-runner")  # where gitlab/gitlab-runner has it
 PROGRAM, MARK = "gitlab-runner", ".cml-runner-version"
 IMAGE = "ubuntu:24.04"  # for jobs that name none, if they run in containers at all
 SPARE = 60  # seconds after our own idle timeout that the program leaves by itself
@@ -93,6 +95,19 @@ RELEASES = Releases()
 DOWNLOAD = Download("GitLab", PROGRAM)
 
 
+def _brought(program: Path) -> str:
+    """Link to the program that GitLab's own container image holds; return its version."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [BROUGHT, "--version"], check=True, capture_output=True, text=True, timeout=60
+        )
+        if match := re.search(r"^Version:\s+(\S+)", done.stdout, re.MULTILINE):
+            program.parent.mkdir(parents=True, exist_ok=True)
+            _replaced(program).symlink_to(BROUGHT)
+            return match[1]
+    return ""
+
+
 class Agent:
     """The runner program: how to install, start, understand and end it."""
 
@@ -106,9 +121,12 @@ class Agent:
 
         Raises AgentFailed.
         """
-        package = DOWNLOAD.choose(packages)
         program, mark = directory / PROGRAM, directory / MARK
         try:
+            if not mark.exists() and (version := _brought(program)):
+                mark.write_text(version)
+                return version
+            package = DOWNLOAD.choose(packages)
             if mark.exists() and mark.read_text() == package.version:
                 return package.version
             directory.mkdir(parents=True, exist_ok=True)

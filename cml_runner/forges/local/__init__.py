@@ -210,6 +210,10 @@ class Forge:
             folder.rename(self.root / "queued" / folder.name)
             return True
 
+    def lost(self, name: str) -> list[Job]:
+        """List what a runner of this name was running when it died."""
+        return [one.job for one in self.jobs() if one.state == "running" and one.runner == name]
+
     def packages(self) -> list[Package]:
         """List nothing: the agent comes with us."""
         return []
