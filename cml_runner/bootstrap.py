@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from datetime import timezone
+from pathlib import PurePosixPath
 from shlex import quote
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from cml_runner.errors import ConfigurationError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from cml_runner.model import Program
 
 LIMIT = 16 * 1024  # bytes of user data: the least that a cloud takes, which is EC2
+INTERRUPTED = 75  # exit code of who was told to end, and expects to be replaced: EX_TEMPFAIL
 FAILED = "cml-runner: bootstrap failed"  # what the console says then, and the reason
 UV = "https://github.com/astral-sh/uv/releases/download/0.11.12/uv-{}-unknown-linux-gnu.tar.gz"
 UV_SHA256 = {
@@ -82,6 +85,53 @@ systemctl daemon-reload
 systemctl enable --quiet --now cml-runner-deadline.timer
 """
 
+INSTALLED = """\
+installed() {{
+  [ -x "$place/bin/python" ] && "$place/bin/python" - {version} <<'END'
+import sys, cml_runner
+sys.exit(cml_runner.__version__ != sys.argv[1])
+END
+}}
+"""
+
+# With Python, since it is wherever cloud-init is; curl and wget aren't.
+INSTALL = """\
+if ! installed; then
+  step='downloading uv'
+  rm -rf "$place"
+  mkdir -p "$place-uv"
+  case "$(uname -m)" in
+    x86_64) url={uv_x64} sha256={sha256_x64} ;;
+    aarch64) url={uv_arm64} sha256={sha256_arm64} ;;
+  esac
+  python3 - "$url" "$sha256" "$place-uv/uv" <<'END'
+import hashlib, io, sys, tarfile, time, urllib.request
+url, sha256, place = sys.argv[1:]
+for pause in (1, 2, 5, 10, 20, 30, 0):
+    try:
+        content = urllib.request.urlopen(url, timeout=60).read()
+        break
+    except OSError as error:
+        print(url, error, flush=True)
+        if not pause:
+            raise
+        time.sleep(pause)
+if hashlib.sha256(content).hexdigest() != sha256:
+    sys.exit(f"{{url}} isn't what it should be: its SHA-256 is another")
+archive = tarfile.open(fileobj=io.BytesIO(content))
+(member,) = (one for one in archive if one.name.endswith("/uv"))
+with open(place, "wb") as file:
+    file.write(archive.extractfile(member).read())
+END
+  chmod 755 "$place-uv/uv"
+  step='installing cml-runner'
+  "$place-uv/uv" venv --quiet --python '>=3.10' "$place"
+  "$place-uv/uv" pip install --quiet --python "$place/bin/python" \\
+    {index}{requirement}
+  rm -rf "$place-uv"
+fi
+"""
+
 MACHINE = """\
 #!/bin/sh
 # Prepares this machine for cml-runner {version}, and starts its supervisor.
@@ -118,48 +168,8 @@ step='stopping automatic upgrades'
 systemctl mask --quiet --now apt-daily.timer apt-daily-upgrade.timer \\
   unattended-upgrades.service || true
 
-installed() {{
-  [ -x /opt/cml-runner/bin/python ] && /opt/cml-runner/bin/python - {version} <<'END'
-import sys, cml_runner
-sys.exit(cml_runner.__version__ != sys.argv[1])
-END
-}}
-if ! installed; then
-  step='downloading uv'
-  rm -rf /opt/cml-runner
-  mkdir -p /opt/cml-runner-uv
-  case "$(uname -m)" in
-    x86_64) url={uv_x64} sha256={sha256_x64} ;;
-    aarch64) url={uv_arm64} sha256={sha256_arm64} ;;
-  esac
-  # Python is wherever cloud-init is; curl and wget aren't.
-  python3 - "$url" "$sha256" <<'END'
-import hashlib, io, sys, tarfile, time, urllib.request
-url, sha256 = sys.argv[1:]
-for pause in (1, 2, 5, 10, 20, 30, 0):
-    try:
-        content = urllib.request.urlopen(url, timeout=60).read()
-        break
-    except OSError as error:
-        print(url, error, flush=True)
-        if not pause:
-            raise
-        time.sleep(pause)
-if hashlib.sha256(content).hexdigest() != sha256:
-    sys.exit(f"{{url}} isn't what it should be: its SHA-256 is another")
-archive = tarfile.open(fileobj=io.BytesIO(content))
-(member,) = (one for one in archive if one.name.endswith("/uv"))
-with open("/opt/cml-runner-uv/uv", "wb") as file:
-    file.write(archive.extractfile(member).read())
-END
-  chmod 755 /opt/cml-runner-uv/uv
-  step='installing cml-runner'
-  /opt/cml-runner-uv/uv venv --quiet --python '>=3.10' /opt/cml-runner
-  /opt/cml-runner-uv/uv pip install --quiet --python /opt/cml-runner/bin/python \\
-    {index}{requirement}
-  rm -rf /opt/cml-runner-uv
-fi
-
+place=/opt/cml-runner
+{installed}{install}
 step='starting the supervisor'
 {units}
 systemctl daemon-reload
@@ -167,6 +177,47 @@ systemctl enable --quiet cml-runner.service
 systemctl start --no-block cml-runner.service
 trap - EXIT
 kill "$watch" || true
+"""
+
+# Nobody can look into a container that ended: all that is said here goes into its log.
+CONTAINER = """\
+#!/bin/sh
+# Prepares this container for cml-runner {version}, and becomes its supervisor.
+set -eu
+umask 022
+export LANG=C.UTF-8 UV_SYSTEM_CERTS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1 UV_HTTP_RETRIES=8
+step=beginning
+failed() {{
+  trap - EXIT
+  echo "{failed}: $step" >&2
+  exit 1
+}}
+trap failed EXIT
+trap 'trap - EXIT; exit {interrupted}' TERM
+
+step='reading the settings'
+[ "$(id -u)" != 0 ] || chmod 755 {base}
+(umask 077 && mkdir -p {directory} && cat {settings} >{directory}/settings.json)
+
+if ! command -v python3 && [ "$(id -u)" = 0 ] && command -v apt-get; then
+  step='installing what the image lacks'
+  missing=
+  for program in curl git sudo; do
+    command -v "$program" || missing="$missing $program"
+  done
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get -qq update
+  apt-get -qq install --no-install-recommends ca-certificates python3 $missing
+fi >&2
+
+step='looking for python3, which the image must have unless its user is root'
+command -v python3 >&2
+place=/opt/cml-runner
+{installed}installed || place={base}/program
+{install}
+step='starting the supervisor'
+trap - EXIT TERM
+exec "$place/bin/python" -m cml_runner.supervise {url}
 """
 
 
@@ -184,29 +235,63 @@ def machine(url: str, program: Program, expires: datetime | None) -> str:
 
     Raises ConfigurationError if the script is longer than LIMIT or would tell a secret.
     """
+    text = MACHINE.format(
+        version=quote(program.version),
+        failed=FAILED,
+        patience=PATIENCE,
+        deadline=_deadline(expires),
+        units=UNITS.format(unit_url=_escaped(url)),
+        **_program(program),
+    )
+    if len(text.encode()) > LIMIT:
+        msg = f"the machine's start script has {len(text.encode())} bytes; {LIMIT} are allowed"
+        raise ConfigurationError(msg)
+    return text
+
+
+def container(settings: str, url: str, program: Program) -> str:
+    """Write the script that a container runs, under whatever user its image has.
+
+    It puts the settings, a file, into the directory at the URL, installs exactly this version
+    unless the image has it, in /opt/cml-runner, and becomes the supervisor. An image without
+    Python must be one of Debian's or Ubuntu's, whose user is root. Whatever fails, the reason is
+    the last line.
+
+    Raises ConfigurationError if it would tell a secret.
+    """
+    directory = PurePosixPath(urlsplit(url).path)
+    return CONTAINER.format(
+        version=quote(program.version),
+        failed=FAILED,
+        interrupted=INTERRUPTED,
+        settings=quote(settings),
+        base=quote(str(directory.parent)),
+        directory=quote(str(directory)),
+        url=quote(url),
+        **_program(program),
+    )
+
+
+def _program(program: Program) -> dict[str, str]:
+    """Write what installs the program. Raises ConfigurationError."""
     for what in (program.requirement, program.index, program.uv):
         _must_be_public(what)
     given, _, sha256 = program.uv.partition("#sha256=")
     archives = {
         arch: (given or UV.format(arch), sha256 if given else UV_SHA256[arch]) for arch in UV_SHA256
     }
-    text = MACHINE.format(
-        version=quote(program.version),
-        failed=FAILED,
-        patience=PATIENCE,
-        deadline=_deadline(expires),
-        uv_x64=quote(archives["x86_64"][0]),
-        sha256_x64=quote(archives["x86_64"][1]),
-        uv_arm64=quote(archives["aarch64"][0]),
-        sha256_arm64=quote(archives["aarch64"][1]),
-        index=f"--default-index {quote(program.index)} " if program.index else "",
-        requirement=quote(program.requirement),
-        units=UNITS.format(unit_url=_escaped(url)),
-    )
-    if len(text.encode()) > LIMIT:
-        msg = f"the machine's start script has {len(text.encode())} bytes; {LIMIT} are allowed"
-        raise ConfigurationError(msg)
-    return text
+    version = quote(program.version)
+    return {
+        "installed": INSTALLED.format(version=version),
+        "install": INSTALL.format(
+            uv_x64=quote(archives["x86_64"][0]),
+            sha256_x64=quote(archives["x86_64"][1]),
+            uv_arm64=quote(archives["aarch64"][0]),
+            sha256_arm64=quote(archives["aarch64"][1]),
+            index=f"--default-index {quote(program.index)} " if program.index else "",
+            requirement=quote(program.requirement),
+        ),
+    }
 
 
 def _deadline(expires: datetime | None) -> str:

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30)}
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
+SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 LEFT = "left-"
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
@@ -167,6 +168,27 @@ class Store:
         return NotFound(f"{self.url} is gone")
 
 
+class Said(Store):
+    """A directory of a machine that can write nowhere else, said:///DIRECTORY.
+
+    What others must know it says aloud: its status on stdout, whenever there is news. (Its log is
+    on stderr in any case.)
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(urlsplit(url)._replace(scheme="file").geturl())
+        self._last: dict[str, Any] = {}
+
+    def write(self, key: str, content: bytes) -> None:
+        """Write an object; say it as well if it is a status."""
+        super().write(key, content)
+        if key.startswith("status-"):
+            news = msgspec.json.decode(content)
+            if {**news, "at": ""} != {**self._last, "at": ""}:
+                print(SAID + content.decode(), flush=True)
+            self._last = news
+
+
 class Log:
     """The log of one machine, as it is being written: a list of objects of bounded size."""
 
@@ -193,6 +215,11 @@ class Log:
             if len(part) == SEGMENT:
                 self._text = self._text[SEGMENT:]
                 self._number += 1
+
+
+def opened(url: str) -> Store:
+    """Open the bucket of the machine that we are on."""
+    return Said(url) if url.startswith("said:") else Store(url)
 
 
 def encoded(value: Any) -> bytes:

@@ -44,7 +44,7 @@ def test_the_deadline_is_set_first_and_in_utc() -> None:
 
 def test_exactly_this_version_is_installed() -> None:
     script = bootstrap.machine(URL, PROGRAM, None)
-    assert "/bin/python \\\n    'cml-runner[aws]==1.2.3'\n" in script
+    assert "bin/python\" \\\n    'cml-runner[aws]==1.2.3'\n" in script
     assert "--default-index" not in script
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 
@@ -12,4 +14,4 @@ def supervise_(url: str) -> None:
     from cml_runner import logs, supervise
 
     logs.set_up(stamped=True)
-    supervise.run(url)
+    sys.exit(supervise.run(url))

@@ -99,7 +99,9 @@ class Plan:
 class Cloud(Protocol):
     """One account in one region of one cloud."""
 
-    dedicated: ClassVar[bool]  # each machine is a computer on which nothing else runs
+    dedicated: ClassVar[bool]  # each machine is a system of its own in which nothing else runs
+    remembers: ClassVar[bool]  # what a machine writes into the bucket, the next one can read
+    metadata_service: ClassVar[bool]  # a machine's identity can be had over its network
 
     def __init__(self, region: str) -> None:
         """Take a generic or native region; raise ConfigurationError for an unknown one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import secrets
 import signal
@@ -15,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from cml_runner import clouds, forges, logs, signals, steps, store
+from cml_runner import bootstrap, clouds, forges, logs, signals, steps, store
 from cml_runner.errors import AgentFailed, AlreadyExists, JobRunning, NotFound, RunnerError
 from cml_runner.model import (
     Exited,
@@ -52,18 +53,21 @@ TICK = 1  # second between two looks at the clock
 ABORT = 15  # seconds for a job to fail once it was told to
 GRACE = 10  # seconds for an agent to end once it was asked to
 LONGEST_PAUSE = 30  # seconds before an agent which asks for it is started again
+LAST_WORD = 3  # seconds for all that comes after the last try
 LAST_TRY = 20  # seconds to have a job run again, by a machine which isn't a cloud's
 PATIENCE = 60  # seconds for a new machine to reach its bucket
 EARLY = 60  # seconds before the deadline that an orderly end begins
 MARGIN = 300  # seconds before the forge's own limit that a job is stopped
 
 
-def run(url: str) -> None:
+def run(url: str) -> int:
     """Be the supervisor of a machine; the settings are in the bucket at this URL.
+
+    Returns its exit code: 0, or bootstrap.INTERRUPTED if another machine may come in its place.
 
     What follows a "#", CLOUD/REGION/IDENTIFIER, says which task to end should they be gone.
     """
-    bucket = store.Store(url)
+    bucket = store.opened(url)
     settings = _settings(bucket)
     if settings is None:
         _leave_for_good(urlsplit(url).fragment)
@@ -77,8 +81,9 @@ def run(url: str) -> None:
         if rank in places.left(bucket):
             log.info("nobody is needed here any more")
             cloud.leave(settings.id, last=places.leave(bucket, rank, count))
-            return
-    Supervisor(settings, bucket, cloud, rank).run()
+            return 0
+    stop = Supervisor(settings, bucket, cloud, rank).run()
+    return bootstrap.INTERRUPTED if stop.then == "vanish" else 0
 
 
 def here(settings: Settings) -> None:
@@ -112,11 +117,16 @@ class Supervisor:
         self.rules = _rules(settings, self.forge)
         self.state = State(since=time.monotonic())
         self.before = _before(bucket, rank)
+        # There may have been machines in our place that nobody here knows anything of.
+        self.forgotten = bool(cloud and not cloud.remembers)
         self.report = Report(bucket, rank, self.name)
         self.recovery = recovery.Recovery(bucket, self.forge, self.events) if self.forge else None
 
-    def run(self) -> None:
-        """Live. Raises AgentFailed, or whatever else ended it early."""
+    def run(self) -> Stop:
+        """Live, and say why no more. Raises AgentFailed, or whatever else ended it early.
+
+        A failure isn't raised if another machine may do better.
+        """
         failure: Exception | None = None
         with self.report, signals.handled(signals.ENDING, self._signalled):
             logs.hide(*self.secrets)
@@ -133,8 +143,9 @@ class Supervisor:
             self._clear_up(stop, failure)
         if self.cloud and stop.then == "leave":
             self._leave(self.cloud)
-        if failure:
+        if failure and stop.then == "leave":
             raise failure
+        return stop
 
     def _leave(self, cloud: Cloud) -> None:
         count = len(self.settings.names)
@@ -150,7 +161,9 @@ class Supervisor:
         self._become_two()
         self.workdir.create()
         machine.startup(self.settings.startup, self.workdir.path)
-        machine.provide(self.agent.programs(), install=bool(self.settings.user))
+        machine.provide(
+            self.agent.programs(), install=bool(self.settings.user) and not os.geteuid()
+        )
         if self.cloud:
             machine.poll(self.cloud.notice, self.events)
         command = self._prepare(self.settings.packages)
@@ -171,11 +184,23 @@ class Supervisor:
     def _become_two(self) -> None:
         """Have the agent and its jobs live under an account of their own."""
         settings = self.settings
+        if settings.user and os.geteuid():  # a container whose image has a user of its own
+            if not settings.sudo:
+                msg = (
+                    "--no-sudo needs an image whose user is root: jobs get an account of their own"
+                )
+                raise RunnerError(msg)
+            log.info("jobs run as this image's own user")
+            return
         if settings.docker and settings.user:
             machine.docker()
-        if settings.user:
-            promised = settings.single or not settings.sudo
-            self.account = user.prepare(settings.user, sudo=settings.sudo, isolated=promised)
+        if settings.user and self.cloud:
+            self.account = user.prepare(
+                settings.user,
+                sudo=settings.sudo,
+                isolated=settings.single or not settings.sudo,
+                metadata=self.cloud.metadata_service,
+            )
             self.workdir = Workdir(settings, self.name, self.account)
 
     def _others_may_do_better(self) -> bool:
@@ -191,6 +216,9 @@ class Supervisor:
             return
         if self.before and self.before.state == "busy" and self.before.job:
             recovery.remember(self.bucket, self.before.job)  # it vanished without a word
+        if self.forgotten and self.forge:
+            for job in self.forge.lost(self.name):
+                recovery.remember(self.bucket, job)
         self.recovery.start()
         for interruption in recovery.pending(self.bucket):
             self._recover(interruption)
@@ -227,7 +255,7 @@ class Supervisor:
         try:
             return self._register_as(self.forge, self.name)
         except AlreadyExists:
-            if not self.before:
+            if not self.before and not self.forgotten:
                 raise
             # The forge hasn't noticed yet that the machine before us is gone.
             self.name = f"{self.first_name}-{secrets.token_hex(2)}"
@@ -372,13 +400,22 @@ class Supervisor:
                 self.process.stop(GRACE)
             if not self.unheard:
                 self._try_to_unregister()
-            if stop.then == "leave" or not self.cloud:
-                self._last_try(0 if self.cloud else LAST_TRY)
+            if stop.then == "leave" or not self.cloud or self.forgotten:
+                self._last_try(self._patience(stop))
             self.workdir.delete()
             code = failure.exit_code if isinstance(failure, RunnerError) else int(bool(failure))
             state = "failed" if failure else "ended" if stop.then == "leave" else "interrupted"
             (log.error if failure else log.info)("%s: %s", state, stop.reason)
             self.report.tell(state=state, reason=stop.reason, code=code, job=None)
+
+    def _patience(self, stop: Stop) -> float:
+        """How many seconds there are for what no machine after us will do."""
+        if not self.cloud:
+            return LAST_TRY
+        notice = self.cloud.notice() if self.forgotten and stop.then == "vanish" else None
+        if not notice or not notice.deadline:
+            return 0
+        return (notice.deadline - datetime.now(timezone.utc)).total_seconds() - LAST_WORD
 
     def _last_try(self, patience: float) -> None:
         """Give the forge some time to take interrupted jobs: no machine comes in our place."""
@@ -402,7 +439,8 @@ class Supervisor:
         if not self.forge and self.registered and self.registration:
             self.agent.leave(self.registration)
         for runner in self.forge.runners() if self.forge and self.registered else ():
-            before = self.before and runner.name == self.first_name and not runner.online
+            before = (self.before or self.forgotten) and runner.name == self.first_name
+            before = before and not runner.online
             if runner.name == self.name or before:
                 assert self.forge
                 self.forge.unregister(runner)

@@ -14,11 +14,10 @@ def main() -> int:
     """Live; return the exit code."""
     logs.set_up(stamped=True)
     try:
-        run(sys.argv[1])
+        return run(sys.argv[1])
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

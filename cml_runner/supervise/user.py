@@ -91,11 +91,12 @@ class Account:
         return any(uid in ids for uid in (uids.real, uids.effective) for ids in self.ids)
 
 
-def prepare(name: str, *, sudo: bool, isolated: bool) -> Account:
+def prepare(name: str, *, sudo: bool, isolated: bool, metadata: bool = True) -> Account:
     """Make the account if there is none, and cut it off from the machine's identity.
 
-    Raises RunnerError where that can't be done; if it needn't be isolated, only warns. Raises it
-    as well if the account can become root though it must not.
+    That is what a metadata service tells, if there is one. Raises RunnerError where that can't be
+    done; if it needn't be isolated, only warns. Raises it as well if the account can become root
+    though it must not.
     """
     if not _exists(name):
         shell = next(one for one in SHELLS if Path(one).exists())
@@ -104,7 +105,8 @@ def prepare(name: str, *, sudo: bool, isolated: bool) -> Account:
     ids = (range(found.pw_uid, found.pw_uid + 1), *_subordinates(name, found.pw_uid))
     _make_powerful(name) if sudo else _keep_powerless(found)
     try:
-        _cut_off(ids)
+        if metadata:
+            _cut_off(ids)
     except RunnerError as error:
         if isolated:
             raise

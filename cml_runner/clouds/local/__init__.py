@@ -47,7 +47,8 @@ LAUNCH = timedelta(hours=1)  # the longest that one can take
 class Cloud:
     """The computer that we are on. A region is a directory, and all sizes are the same."""
 
-    dedicated = False
+    dedicated = metadata_service = False
+    remembers = True
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 
