@@ -104,6 +104,7 @@ class Machine:
     spot_fallback: bool = False  # on demand when no region has spot capacity: launching sees to it
     permissions: str = ""
     ssh_key: str = field(default="", repr=False)  # PEM, private
+    docker: bool = False  # an engine for containers is needed, beside what the image has
     options: Mapping[str, str] = field(default_factory=dict)  # --cloud-NAME-…, native to one cloud
 
 

@@ -56,7 +56,11 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
     help=f"{', '.join(clouds.SIZES)} or native; a list is a choice, in order of preference.",
 )
 @options.option("--cloud-gpu", help="GPU model: t4, v100, a100 … or native; nogpu.")
-@options.option("--cloud-hdd-size", default="35", metavar="GB", help="Size of the disk.")
+@options.option(
+    "--cloud-hdd-size",
+    metavar="GB",
+    help="Size of the disk.  [default: 35; on Kubernetes, whatever the node has]",
+)
 @options.option("--cloud-image", default="ubuntu", help="ubuntu, nvidia or native.")
 @options.option(
     "--cloud-spot", is_flag=True, help="Take a spot machine; interruptions are survived."
@@ -88,7 +92,16 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
     "--cloud-aws-subnet-id",
     help="AWS.  [default: those of the default VPC]",
 )
-@options.option("--cloud-kubernetes-namespace", help="Kubernetes.")
+@options.option(
+    "--cloud-kubernetes-namespace",
+    help="Kubernetes: the namespace.  [default: the kubeconfig's]",
+)
+@options.option(
+    "--cloud-kubernetes-image-pull-secret",
+    multiple=True,
+    metavar="NAME",
+    help="Kubernetes: a secret to pull the image with; can be repeated.",
+)
 @options.option(
     "--cloud-kubernetes-node-selector",
     multiple=True,

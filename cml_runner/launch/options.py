@@ -27,10 +27,12 @@ log = logging.getLogger(__name__)
 NATIVE = (
     "cloud_aws_security_group",
     "cloud_aws_subnet",
+    "cloud_kubernetes_image_pull_secret",
     "cloud_kubernetes_namespace",
     "cloud_kubernetes_node_selector",
     "cloud_kubernetes_toleration",
 )
+DISK = 35  # GB
 IDLE = (
     "tpi_version", "cml_version", "tf_resource", "gcp_access_token", "runner_path", "destroy_delay",
 )  # fmt: skip
@@ -59,7 +61,7 @@ class Options:
     cloud_region: str = "us-west"
     cloud_type: str = "m"
     cloud_gpu: str = ""
-    cloud_hdd_size: str = "35"
+    cloud_hdd_size: str = ""
     cloud_image: str = "ubuntu"
     cloud_spot: bool = False
     cloud_spot_price: str = "-1"
@@ -70,6 +72,7 @@ class Options:
     cloud_startup_script: str = ""
     cloud_aws_security_group: str = ""
     cloud_aws_subnet: str = ""
+    cloud_kubernetes_image_pull_secret: tuple[str, ...] = ()
     cloud_kubernetes_namespace: str = ""
     cloud_kubernetes_node_selector: tuple[str, ...] = ()
     cloud_kubernetes_toleration: tuple[str, ...] = ()
@@ -207,7 +210,7 @@ class _Reader:
         return Machine(
             types=_split(options.cloud_type),
             gpu=gpu,
-            disk=self.take("--cloud-hdd-size", lambda: _whole(options.cloud_hdd_size, 1), 1),
+            disk=self.take("--cloud-hdd-size", self._disk, 1),
             image=options.cloud_image,
             spot=options.cloud_spot,
             spot_price=self.take(
@@ -216,12 +219,18 @@ class _Reader:
             spot_fallback=options.cloud_spot_fallback,
             permissions=options.cloud_permission_set,
             ssh_key=options.cloud_ssh_private,
+            docker=options.docker,
             options={
                 name.removeprefix("cloud_").replace("_", "-"): ",".join(_several(value))
                 for name, value in native.items()
                 if value
             },
         )
+
+    def _disk(self) -> int:
+        """A machine is given a disk of its own; a pod shares that of its node, unless it asks."""
+        usual = 0 if self.options.cloud == "kubernetes" else DISK
+        return _whole(self.options.cloud_hdd_size, 1) if self.options.cloud_hdd_size else usual
 
     def _program(self) -> Program:
         """Say what machines install: this very version, unless another package is named."""
@@ -234,7 +243,7 @@ class _Reader:
             self.mistakes.append("--machine-uv: write URL#sha256=HEX")
         return Program(
             version=__version__,
-            requirement=options.machine_package or f"cml-runner[{options.cloud}]=={__version__}",
+            requirement=options.machine_package or _requirement(options.cloud),
             index=options.machine_package_index,
             uv=options.machine_uv,
         )
@@ -296,6 +305,12 @@ def _identifier(name: str, url: str) -> Identifier:
     if name:
         return Identifier.fixed(name, seed=f"{url}\n{name}")
     return Identifier.new(url.rstrip("/").rpartition("/")[2])
+
+
+def _requirement(cloud: str) -> str:
+    """Name the package that a machine needs; a pod doesn't speak to its cluster."""
+    extra = f"[{cloud}]" if cloud not in ("", "kubernetes") else ""
+    return f"cml-runner{extra}=={__version__}"
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -54,7 +54,8 @@ class Wait:
         self.guest = guest
         self.bucket = plan.bucket.store
         self.asked = self.spent = 0.0
-        self.seen = 0  # events
+        self.seen: set[str] = set()  # what happened, in words
+        self.last = ""  # of them
 
     def run(self) -> None:
         """Look again and again."""
@@ -63,7 +64,8 @@ class Wait:
             if time.monotonic() > end:
                 state = self._progress(self._statuses())
                 patience = times.text(self.order.wait_timeout)
-                msg = f"no runner was online within {patience} ({state}){self._tail()}"
+                tail = self._tail() or (f"\n  {self.last}" if self.last else "")
+                msg = f"no runner was online within {patience} ({state}){tail}"
                 raise NotReady(msg)
             time.sleep(max(PAUSE, self.spent))  # a far bucket isn't asked all the time
 
@@ -121,9 +123,11 @@ class Wait:
         if crashes and bootstrap.FAILED in self.plan.group.console():
             msg = f"the machine can't be prepared{self._tail()}"
             raise NotReady(msg)
-        for event in events[self.seen :]:
-            log.info("%s", event.message)
-        self.seen = len(events)
+        for event in events:
+            if event.message not in self.seen:
+                log.info("%s", event.message)
+                self.last = event.message
+        self.seen |= {event.message for event in events}
 
     def _tail(self) -> str:
         """The last lines of the first machine that has any to show; else of a console."""

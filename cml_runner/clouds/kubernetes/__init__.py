@@ -1,0 +1,136 @@
+"""Kubernetes: a Job for each task, in one namespace of the cluster that the kubeconfig names.
+
+What a task consists of, all of it named after its identifier:
+
+    job        the claim on the name; suspended until all the rest is there. It numbers its pods,
+               replaces those that are evicted or killed, never those whose program fails, ends
+               at the deadline, and goes an hour after its end
+    settings   a Secret, and
+    script     a ConfigMap, which the pods mount; both belong to the Job and go with it
+    pods       with the image's own user, and no access to the cluster unless it is asked for
+
+There is no bucket: what pods have to say stands in their logs.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cml_runner import bootstrap, clouds
+from cml_runner.clouds.kubernetes import catalogue, machine, pod, secret
+from cml_runner.clouds.kubernetes.job import Group, Job, lease, over
+from cml_runner.clouds.kubernetes.session import Session
+from cml_runner.errors import ConfigurationError, CredentialsError
+from cml_runner.model import Task
+from cml_runner.store import SETTINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from cml_runner.model import Identifier, Lease, Notice, Program
+
+BRIEF = 5  # seconds to wait for a cluster which may be of the past
+KEPT = 3600  # seconds that a Job is there after its end, for who wants to read its logs
+BUCKET = f"said://{machine.DIRECTORY}/bucket"
+RULES = (  # group, resource, verbs
+    ("batch", "jobs", ("create", "get", "list", "patch", "delete")),
+    ("", "secrets", ("create", "get", "patch", "delete")),
+    ("", "configmaps", ("create", "get", "delete")),
+    ("", "pods", ("list",)),
+    ("", "pods/log", ("get",)),
+    ("", "pods/eviction", ("create",)),
+    ("", "events", ("list",)),
+)
+
+
+class Cloud:
+    """One cluster and namespace. A region is all of it, or the nodes with some label."""
+
+    dedicated = True
+    remembers = False
+    metadata_service = False
+    kept: int = KEPT  # a test may be in a hurry
+    grace: int = pod.GRACE  # likewise
+    start: Callable[[Program], str]  # likewise
+
+    def __init__(self, region: str) -> None:
+        self.region, self._nodes = catalogue.region(region)
+        self._session = Session()
+        self.start = _start
+
+    def plan(self, task: Task) -> clouds.Plan:
+        """Describe a task's resources."""
+        name = task.machine.options.get("kubernetes-namespace", "")
+        session = Session(name) if name else self._session
+        manifest = None
+        if task != Task(id=task.id):  # the identifier alone will do for all but creation
+            wanted = pod.understood(task, self._nodes)
+            self.start(task.program)  # or it is refused
+            manifest = pod.job(task, wanted, self.region, kept=self.kept, grace=self.grace)
+        job = Job(session, task, manifest)
+        settings = secret.settings(job)
+        script = secret.script(job, lambda: self.start(task.program))
+        group = Group(job, (job, settings, script))
+        return clouds.Plan(resources=(job, settings, script, group), group=group, bucket=job)
+
+    def tasks(self) -> list[Lease]:
+        """List the Jobs of this region that are not over."""
+        labels = ",".join(f"{key}={value}" for key, value in pod.OURS.items())
+        selector = f"{labels},{pod.REGION}={self.region}"
+        found = []
+        for one in self._session.items("jobs", patience=BRIEF, labelSelector=selector):
+            with suppress(ConfigurationError):
+                if not over(one) and "deletionTimestamp" not in one["metadata"]:
+                    found.append(lease(one))
+        return found
+
+    def setup(self) -> list[str]:
+        """Make nothing, since the tasks share nothing; see if we may do what has to be done."""
+
+        def ask(rule: tuple[str, str, str]) -> str:
+            group, resource, verb = rule
+            return "" if self._session.may(group, resource, verb) else f"{verb} {resource}"
+
+        wanted = [(group, resource, verb) for group, resource, verbs in RULES for verb in verbs]
+        with ThreadPoolExecutor() as pool:
+            missing = [one for one in pool.map(ask, wanted) if one]
+        if missing:
+            msg = f"not allowed in namespace {self._session.namespace}: {', '.join(missing)}."
+            raise CredentialsError(f"{msg} See: cml-runner permissions kubernetes")
+        return []
+
+    def permissions(self) -> Mapping[str, Any]:
+        """Write a Role for whoever launches."""
+        return {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "Role",
+            "metadata": {"name": "cml-runner"},
+            "rules": [
+                {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
+                for group, resource, verbs in RULES
+            ],
+        }
+
+    @staticmethod
+    def rank() -> int:
+        """The Job controller numbers its pods."""
+        return machine.rank()
+
+    @staticmethod
+    def machine() -> str:
+        """Return the pod's name."""
+        return machine.name()
+
+    @staticmethod
+    def notice() -> Notice | None:
+        """See if the pod has been told to end."""
+        return machine.notice()
+
+    def leave(self, identifier: Identifier, *, last: bool) -> None:
+        """Do nothing: a pod leaves by ending well, and a Job is over with its last pod."""
+
+
+def _start(program: Program) -> str:
+    return bootstrap.container(f"{pod.SETTINGS}/{SETTINGS}", BUCKET, program)

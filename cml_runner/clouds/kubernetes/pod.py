@@ -1,0 +1,223 @@
+"""What a task looks like to the cluster: the manifest of its Job. Nothing here is sent.
+
+Fields: https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/job-v1/
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cml_runner import bootstrap
+from cml_runner.clouds.kubernetes import catalogue, machine
+from cml_runner.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cml_runner.model import Machine, Task
+
+PREFIX = "cml-runner/"  # of our labels and annotations
+TASK, REGION = f"{PREFIX}task", f"{PREFIX}region"
+OURS = {"app.kubernetes.io/managed-by": "cml-runner"}
+CONTAINER = "runner"
+GRACE = 60  # seconds that a pod has from the notice to its end
+KILLED = (137, 143)  # exit codes of who was killed, for lack of memory say, or by a dying node
+RETRIES = 3  # of a pod that was killed, or that its node didn't take
+GROUP = 64500  # the volumes' group, so that an image's own user can read its settings
+SETTINGS, SCRIPT, KEY = "/etc/cml-runner/settings", "/etc/cml-runner/start", "start"
+DOCKER, DOCKER_IMAGE = "tcp://127.0.0.1:2375", "docker:dind"
+OPTIONS = tuple(
+    f"kubernetes-{name}"
+    for name in ("namespace", "node-selector", "toleration", "image-pull-secret")
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A machine's description, understood."""
+
+    size: catalogue.Size
+    image: str
+    selector: Mapping[str, str]
+    tolerations: list[dict[str, str]]
+    affinity: dict[str, Any]
+
+
+def understood(task: Task, nodes: Mapping[str, str]) -> Wanted:
+    """Read what is asked for. Raises ConfigurationError with every mistake."""
+    wanted, mistakes = task.machine, _mistakes(task)
+    found: dict[str, Any] = {}
+    size = catalogue.Size(1, 1)
+
+    def read(name: str) -> Any:
+        match name:
+            case "size":
+                return catalogue.size(wanted.types, wanted.gpu)
+            case "image":
+                return catalogue.image(wanted.image, size)
+            case "selector":
+                return catalogue.labels(_several(wanted, "node-selector"))
+        return catalogue.tolerations(_several(wanted, "toleration"))
+
+    for name in ("size", "image", "selector", "tolerations"):
+        try:
+            found[name] = read(name)
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigurationError(*mistakes)
+    size, chosen = found["size"], {**nodes, **found["selector"]}
+    spot = ("preferred" if wanted.spot_fallback else "required") if wanted.spot else ""
+    return Wanted(
+        size=size,
+        image=found["image"],
+        selector=chosen,
+        tolerations=found["tolerations"] + catalogue.accepted(size, spot=wanted.spot),
+        affinity=catalogue.nodes(size, found["selector"], spot=spot),
+    )
+
+
+def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> dict[str, Any]:
+    """Write the Job: suspended, since its pods need what belongs to it.
+
+    A pod that is evicted, or says that it was, is replaced at once, as often as that happens; one
+    that is killed, three times; one whose program fails, never.
+    """
+    labels = {**OURS, TASK: str(task.id), REGION: region}
+    ignored: list[dict[str, Any]] = [
+        {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"onExitCodes": _codes("In", bootstrap.INTERRUPTED)},
+    ]
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": str(task.id),
+            "labels": labels,
+            "annotations": {f"{PREFIX}tags": json.dumps(dict(task.tags))},
+        },
+        "spec": {
+            "suspend": True,
+            "completionMode": "Indexed",  # it numbers the pods
+            "completions": task.count,
+            "parallelism": task.count,
+            "backoffLimitPerIndex": RETRIES,
+            "podReplacementPolicy": "Failed",  # never two in one place
+            "podFailurePolicy": {
+                "rules": [
+                    *({"action": "Ignore", **rule} for rule in ignored),
+                    {"action": "FailIndex", "onExitCodes": _codes("NotIn", *KILLED)},
+                ]
+            },
+            "ttlSecondsAfterFinished": kept,
+            "template": {
+                "metadata": {
+                    "labels": labels,
+                    "annotations": {
+                        "karpenter.sh/do-not-disrupt": "true",
+                        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                    },
+                },
+                "spec": _pod(task, wanted, grace),
+            },
+        },
+    }
+
+
+def _pod(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
+    machine_ = task.machine
+    affinity: dict[str, Any] = (
+        {"affinity": {"nodeAffinity": wanted.affinity}} if wanted.affinity else {}
+    )
+    account: dict[str, Any] = (
+        {"serviceAccountName": machine_.permissions} if machine_.permissions else {}
+    )
+    secrets = [{"name": name} for name in _several(machine_, "image-pull-secret")]
+    docker = {"initContainers": [_docker()]} if machine_.docker else {}
+    return {
+        **account,
+        **affinity,
+        **docker,
+        "automountServiceAccountToken": bool(machine_.permissions),
+        "enableServiceLinks": False,
+        "imagePullSecrets": secrets,
+        "nodeSelector": dict(wanted.selector),
+        "tolerations": wanted.tolerations,
+        "restartPolicy": "Never",
+        "shareProcessNamespace": True,  # somebody must be there for orphaned processes
+        "terminationGracePeriodSeconds": grace,
+        "securityContext": {"fsGroup": GROUP, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [_container(task, wanted, grace)],
+        "volumes": [
+            {"name": "settings", "secret": {"secretName": str(task.id), "defaultMode": 0o400}},
+            {"name": "start", "configMap": {"name": str(task.id), "defaultMode": 0o555}},
+            {"name": "run", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+
+
+def _container(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
+    resources = wanted.size.resources
+    disk = {"ephemeral-storage": f"{task.machine.disk}G"} if task.machine.disk else {}
+    variables = {machine.GRACE: str(grace)}
+    if wanted.size.number:
+        variables["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"
+    if task.machine.docker:
+        variables["DOCKER_HOST"] = DOCKER
+    notice = f"date +%s >{machine.DIRECTORY}/{machine.NOTICE}"
+    return {
+        "name": CONTAINER,
+        "image": wanted.image,
+        "command": ["/bin/sh", f"{SCRIPT}/{KEY}"],
+        "env": [
+            {"name": machine.POD, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+            *({"name": name, "value": value} for name, value in variables.items()),
+        ],
+        "resources": {"requests": {**resources, **disk}, "limits": resources},
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/sh", "-c", notice]}}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "settings", "mountPath": SETTINGS, "readOnly": True},
+            {"name": "start", "mountPath": SCRIPT, "readOnly": True},
+            {"name": "run", "mountPath": str(machine.DIRECTORY)},
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the usual 64 MB are too small
+        ],
+    }
+
+
+def _docker() -> dict[str, Any]:
+    """Write the container of a Docker engine for this pod alone, there before ours and after it."""
+    return {
+        "name": "docker",
+        "image": DOCKER_IMAGE,
+        "restartPolicy": "Always",
+        "args": ["dockerd", f"--host={DOCKER}", "--tls=false"],
+        "securityContext": {"privileged": True},
+    }
+
+
+def _codes(operator: str, *values: int) -> dict[str, Any]:
+    return {"containerName": CONTAINER, "operator": operator, "values": list(values)}
+
+
+def _several(wanted: Machine, name: str) -> list[str]:
+    text = wanted.options.get(f"kubernetes-{name}", "")
+    return [one for one in text.split(",") if one]
+
+
+def _mistakes(task: Task) -> list[str]:
+    """List what makes no sense on a cluster."""
+    machine = task.machine
+    found = [
+        f"--cloud-{name} makes no sense on Kubernetes: leave it out"
+        for name in machine.options
+        if name not in OPTIONS
+    ]
+    if machine.ssh_key:
+        found.append("--cloud-ssh-private makes no sense on Kubernetes: use kubectl exec")
+    if machine.spot and machine.spot_price > 0:
+        found.append("--cloud-spot-price makes no sense on Kubernetes: nodes have their price")
+    return found
