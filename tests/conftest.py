@@ -18,6 +18,9 @@ from pytest_socket import socket_allow_hosts
 from cml_runner import steps
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Task
+from tests.lab import cluster
+from tests.lab.internet import GATEWAY
+from tests.lab.town import Country
 from tests.worlds import WORLDS, World, worlds
 
 if TYPE_CHECKING:
@@ -40,10 +43,20 @@ def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 @pytest.fixture(autouse=True)
 def _network() -> Iterator[None]:
-    """Refuse every connection but those to this machine."""
-    socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
+    """Refuse every connection but those to this machine, and to the lab's own internet."""
+    socket_allow_hosts(["127.0.0.1", "::1", GATEWAY], allow_unix_socket=True)
     yield
     socket_allow_hosts(None)
+
+
+@pytest.fixture(scope="session")
+def country(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Country]:
+    """A Kubernetes cluster, for all tests that want one."""
+    prepared = Path(os.environ.get("LAB_DIRECTORY", "/nonexistent"))
+    if reason := cluster.missing(prepared):
+        pytest.skip(f"the lab {reason}")
+    with Country(prepared, tmp_path_factory.mktemp("country")) as found:
+        yield found
 
 
 @pytest.fixture

@@ -78,6 +78,10 @@ class AwsRig:
             identifier = Identifier.parse(str(plan.group.name))  # type: ignore[attr-defined]
             Cloud("us-west-2").leave(identifier, last=len(plan.group.instances()) == 1)
 
+    def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
+        assert instance
+        plan.bucket.store.write(key, text.encode())
+
     def notice(self, plan: Plan, instance: str) -> Notice | None:
         assert plan
         with self.on(instance):

@@ -19,6 +19,7 @@ from cml_runner.clouds.local.processes import VARIABLE, Process, alive, find
 from cml_runner.errors import NotReady
 from cml_runner.model import Identifier, Task
 from tests.clouds.aws_rig import rig as aws
+from tests.clouds.kubernetes_rig import rig as kubernetes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from cml_runner.model import Happening, Notice
     from tests.clouds.aws_rig import AwsRig
+    from tests.clouds.kubernetes_rig import KubernetesRig
+    from tests.lab.town import Country
 
 T = TypeVar("T")
 
@@ -108,6 +111,10 @@ class LocalRig:
         """Return the only place where the settings may be."""
         return str(directory(plan) / "bucket" / "settings.json")
 
+    def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
+        assert instance
+        plan.bucket.store.write(key, text.encode())
+
     def notice(self, plan: Plan, instance: str) -> Notice | None:
         with self.monkeypatch.context() as patch:
             patch.setenv(VARIABLE, str(directory(plan) / "machines" / instance))
@@ -150,6 +157,13 @@ def messages(plan: Plan, kind: str) -> list[str]:
 @pytest.fixture
 def aws_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[AwsRig]:
     yield from aws(monkeypatch)
+
+
+@pytest.fixture
+def kubernetes_rig(
+    country: Country, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KubernetesRig]:
+    yield from kubernetes(country, tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 
 from cml_runner import clouds
 from cml_runner.errors import ConfigurationError, NotFound
-from cml_runner.model import Machine, Task
-from cml_runner.store import SETTINGS
+from cml_runner.model import Machine, Status, Task
+from cml_runner.store import SETTINGS, encoded
 from tests.clouds.conftest import until
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class Rig(Protocol):
     def notice(self, plan: Plan, instance: str) -> Notice | None:
         """Ask Cloud.notice() on a machine."""
 
+    def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
+        """Have a machine put something into the bucket."""
+
     def traces(self, secret: str) -> list[str]:
         """List the places in the cloud where a secret can be read."""
 
@@ -53,7 +56,12 @@ class Rig(Protocol):
         """Return the one that is meant for the settings."""
 
 
-@pytest.fixture(params=clouds.NAMES)
+LAB = {"kubernetes"}  # has no stand-in but a real cluster
+
+
+@pytest.fixture(
+    params=[pytest.param(one, marks=[pytest.mark.lab] * (one in LAB)) for one in clouds.NAMES]
+)
 def rig(request: pytest.FixtureRequest) -> Rig:
     found: Rig = request.getfixturevalue(f"{request.param}_rig")
     return found
@@ -202,16 +210,19 @@ def test_who_leaves_leaves_the_others_alone(rig: Rig) -> None:
 def test_the_last_to_leave_takes_everything_along(rig: Rig) -> None:
     plan = rig.launch(2, rig.task(settings=SECRET))
     bucket = plan.bucket.store
-    bucket.write("log-000-000000.txt", b"hello")
-    bucket.write("status-000.json", b"{}")
-    for machine in rig.running(plan):
+    machines = rig.running(plan)
+    now = datetime.now(timezone.utc)
+    status = Status(state="ended", at=now, since=now, runner="name")
+    rig.say(plan, sorted(machines)[0], "log-000-000000.txt", "hello\n")
+    rig.say(plan, sorted(machines)[0], "status-000.json", encoded(status).decode())
+    for machine in machines:
         rig.leave(plan, machine)
     until(lambda: not rig.cloud.tasks())
     until(lambda: not plan.group.instances())
-    assert bucket.read("log-000-000000.txt") == b"hello"
-    assert bucket.read("status-000.json") == b"{}"
-    assert bucket.read(SETTINGS) is None
-    assert rig.traces(SECRET) == []
+    assert bucket.log(0).endswith("hello\n")
+    assert bucket.load("status-000.json", Status) == status
+    until(lambda: bucket.read(SETTINGS) is None)
+    until(lambda: rig.traces(SECRET) == [])
 
 
 def test_the_settings_are_in_the_bucket_and_nowhere_else(rig: Rig) -> None:

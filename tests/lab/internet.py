@@ -18,14 +18,14 @@ import socket
 import ssl
 import subprocess
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     Application = Callable[..., Iterable[bytes]]
 
@@ -44,10 +44,11 @@ PREFIX = "cml-lab-"
 class Internet:
     """One namespace with its servers."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, certified: Path | None = None) -> None:
+        """Keep its files in a directory; an authority that is known already may be used."""
         self.name = f"{PREFIX}{os.getpid()}-{next(NUMBERS)}"
-        self.authority = directory / "ca.pem"
-        self._key = directory / "server.pem"
+        self.authority = (certified or directory) / "ca.pem"
+        self._key = (certified or directory) / "server.pem"
         self._sites: dict[str, Application] = {}
         self._metadata: dict[str, Application] = {}  # by the address of who asks
         self._servers: list[Any] = []
@@ -55,7 +56,8 @@ class Internet:
 
     def __enter__(self) -> Internet:
         _sweep()
-        _certify(self.authority, self._key)
+        if not self.authority.exists():
+            certify(self.authority.parent)
         ip("netns", "add", self.name)
         try:
             for address in (GATEWAY, METADATA):
@@ -114,6 +116,19 @@ class Internet:
             timeout=120,
         )
 
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start something in there."""
+        return subprocess.Popen(
+            self.command(*command),
+            env={**os.environ, **self.trust(), **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     def _open(self) -> None:
         from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -147,15 +162,23 @@ class Internet:
         names = self._socket(datagram, GATEWAY, 53)
         threading.Thread(target=_name, args=(names,), daemon=True).start()
 
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have this thread inside, and whatever threads and processes it starts meanwhile."""
+        with open("/proc/thread-self/ns/net", "rb") as outside:
+            _enter(f"/run/netns/{self.name}")
+            try:
+                yield
+            finally:
+                _enter(f"/proc/self/fd/{outside.fileno()}")
+
     def _socket(self, kind: int, address: str, port: int) -> socket.socket:
         """Make a socket inside; it stays there, whoever uses it."""
         made: list[socket.socket | OSError] = []
 
         def make() -> None:
             try:
-                with open(f"/run/netns/{self.name}", "rb") as file:
-                    if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), NEW_NETWORK):
-                        raise OSError(ctypes.get_errno(), "setns")
+                _enter(f"/run/netns/{self.name}")
                 one = socket.socket(socket.AF_INET, kind)
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 one.bind((address, port))
@@ -191,6 +214,13 @@ class Internet:
         return application(environ, start)
 
 
+def _enter(network: str) -> None:
+    """Move this thread into another network. Raises OSError."""
+    with open(network, "rb") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), NEW_NETWORK):
+            raise OSError(ctypes.get_errno(), "setns")
+
+
 def ip(*arguments: str) -> None:
     """Configure the network. Raises CalledProcessError."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True, stdin=subprocess.DEVNULL)
@@ -213,7 +243,7 @@ def _name(server: socket.socket) -> None:
             server.sendto(header + question[12:end] + (record if found else b""), sender)
 
 
-def _certify(authority: Path, server: Path) -> None:
+def certify(directory: Path) -> None:
     """Make an authority, and a certificate for all names that we answer for."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -233,7 +263,7 @@ def _certify(authority: Path, server: Path) -> None:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=2))
+            .not_valid_after(now + timedelta(days=3650))
         )
 
     def identified(builder: x509.CertificateBuilder, key: Any) -> x509.CertificateBuilder:
@@ -260,11 +290,11 @@ def _certify(authority: Path, server: Path) -> None:
         .sign(keys[0], hashes.SHA256())
     )
     encoding = serialization.Encoding.PEM
-    authority.write_bytes(root.public_bytes(encoding))
+    (directory / "ca.pem").write_bytes(root.public_bytes(encoding))
     private = keys[1].private_bytes(
         encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    server.write_bytes(private + leaf.public_bytes(encoding))
+    (directory / "server.pem").write_bytes(private + leaf.public_bytes(encoding))
 
 
 def _remove(name: str) -> None:

@@ -78,10 +78,10 @@ class Region:
         self._stack.callback(self.world.leave_alone)
         self._stack.callback(self._end_all)
         for host, application in self.world.move_out(FORGE).items():
-            self.internet.serve(host, application or _proxy(self.github.own_url))
+            self.internet.serve(host, application or proxy(self.github.own_url))
         self.internet.serve("amazonaws.com", self.aws.app)
         self.internet.serve("checkip.amazonaws.com", _address)
-        self.internet.serve(PACKAGES, self._package)
+        self.internet.serve(PACKAGES, index(self.prepared))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,27 +164,28 @@ class Region:
             with suppress(RuntimeError):
                 machine.end()
 
-    def _package(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        """Be a simple index, as PEP 503 has it."""
+
+def index(prepared: Path) -> Callable[..., Iterable[bytes]]:
+    """Be a simple index, as PEP 503 has it."""
+
+    def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         parts = environ["PATH_INFO"].strip("/").split("/")
-        wheels = self.prepared / "wheels"
+        wheels = prepared / "wheels"
         content, kind = b"", "application/octet-stream"
         if parts[0] == "simple" and len(parts) == 2:
             found = [one for one in wheels.iterdir() if _project(one.name) == parts[1]]
             links = "".join(f'<a href="/files/{one.name}">{one.name}</a>\n' for one in found)
-            content, kind = (
-                f"<!DOCTYPE html><html><body>{links}</body></html>".encode(),
-                "text/html",
-            )
-            if not found:
-                content = b""
+            page = f"<!DOCTYPE html><html><body>{links}</body></html>"
+            content, kind = page.encode() if found else b"", "text/html"
         elif parts[0] == "files" and (wheels / parts[-1]).exists():
             content = (wheels / parts[-1]).read_bytes()
         elif parts == ["uv.tar.gz"]:
-            content = (self.prepared / "uv.tar.gz").read_bytes()
+            content = (prepared / "uv.tar.gz").read_bytes()
         status = "200 OK" if content else "404 Not Found"
         start(status, [("Content-Type", kind), ("Content-Length", str(len(content)))])
         return [content]
+
+    return application
 
 
 def _project(wheel: str) -> str:
@@ -199,7 +200,7 @@ def _address(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[byt
     return [content]
 
 
-def _proxy(url: str) -> Callable[..., Iterable[bytes]]:
+def proxy(url: str) -> Callable[..., Iterable[bytes]]:
     """Hand everything on to a server on this computer."""
     host = urlsplit(url).netloc
 
