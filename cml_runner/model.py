@@ -79,6 +79,16 @@ def names(name: str, count: int) -> tuple[str, ...]:
     return (name,) if count == 1 else tuple(f"{name}-{rank}" for rank in range(count))
 
 
+def renamed(name: str) -> str:
+    """Name a runner anew while the forge still has one of its name that is no more."""
+    return f"{name}-{secrets.token_hex(2)}"
+
+
+def stands_for(name: str, first: str) -> bool:
+    """Say if a runner has this first name, or was renamed from it."""
+    return bool(re.fullmatch(f"{re.escape(first)}(-[0-9a-f]{{4}})?", name))
+
+
 # What people ask for
 
 

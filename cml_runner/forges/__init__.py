@@ -97,11 +97,17 @@ class Forge(Protocol):
         Raises RunnerError when it never will.
         """
 
+    def alone(self, job: Job) -> bool:
+        """Say if a running job could be run again as soon as it has failed.
+
+        It can't be where a forge takes no re-run before the rest of a pipeline has ended, too.
+        """
+
     def lost(self, name: str) -> list[Job]:
         """List the jobs which a runner of this name was running when it vanished.
 
-        To be asked while no such runner is there. It may not know all, but what it lists is
-        certain: a job that failed by itself is never among them.
+        Or one that was renamed from it. To be asked while no such runner is there. It may not know
+        all, but what it lists is certain: a job that failed by itself is never among them.
         """
 
     def packages(self) -> list[Package]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import secrets
 import signal
 import time
 from contextlib import suppress
@@ -32,6 +31,8 @@ from cml_runner.model import (
     Status,
     Tick,
     Troubled,
+    renamed,
+    stands_for,
 )
 from cml_runner.supervise import errands, machine, places, recovery, user
 from cml_runner.supervise.process import Process
@@ -218,7 +219,7 @@ class Supervisor:
             recovery.remember(self.bucket, self.before.job)  # it vanished without a word
         if self.forgotten and self.forge:
             for job in self.forge.lost(self.name):
-                recovery.remember(self.bucket, job)
+                recovery.remember(self.bucket, job, forgetful=True)
         self.recovery.start()
         for interruption in recovery.pending(self.bucket):
             self._recover(interruption)
@@ -258,7 +259,7 @@ class Supervisor:
             if not self.before and not self.forgotten:
                 raise
             # The forge hasn't noticed yet that the machine before us is gone.
-            self.name = f"{self.first_name}-{secrets.token_hex(2)}"
+            self.name = renamed(self.first_name)
             self.report.tell(runner=self.name)
             return self._register_as(self.forge, self.name)
 
@@ -367,11 +368,29 @@ class Supervisor:
         assert self.process
         job = self._job()
         if job and stop.retry and self.settings.retry and self.forge:
+            if self.forgotten and stop.then == "vanish" and self._has_company(job):
+                log.info("%s can't be run again yet: the forge will find it lost", job.name)
+                self.process.kill()
+                self.unheard = True  # or the forge would forget who ran it
+                return
             try:
-                self._recover(recovery.remember(self.bucket, job))
+                self._recover(recovery.remember(self.bucket, job, forgetful=self.forgotten))
             except RunnerError as error:
                 log.warning("%s may not be run again: %s", job.name, error)
         self.process.abort()
+
+    def _has_company(self, job: Job) -> bool:
+        """Say if others of the job's pipeline go on, for which a re-run would have to wait.
+
+        This machine can't wait for them, and would be the only one to remember the job. One that
+        is lost and not failed is told by the forge to whoever comes next.
+        """
+        assert self.forge
+        try:
+            return not self.forge.alone(job)
+        except RunnerError as error:
+            log.warning("%s", error)
+            return False
 
     def _settle(self, patience: float, stop: Stop) -> None:
         """Take what still comes from the agent, and keep what doesn't come from it for later."""
@@ -439,11 +458,15 @@ class Supervisor:
         if not self.forge and self.registered and self.registration:
             self.agent.leave(self.registration)
         for runner in self.forge.runners() if self.forge and self.registered else ():
-            before = (self.before or self.forgotten) and runner.name == self.first_name
-            before = before and not runner.online
-            if runner.name == self.name or before:
+            if runner.name == self.name or (not runner.online and self._is_of_before(runner.name)):
                 assert self.forge
                 self.forge.unregister(runner)
+
+    def _is_of_before(self, name: str) -> bool:
+        """Say if a machine in whose place we came had this name on the forge."""
+        if self.forgotten:
+            return stands_for(name, self.first_name)
+        return bool(self.before) and name == self.first_name
 
     def _signalled(self, number: int, _: object) -> None:
         name = signal.Signals(number).name

@@ -111,13 +111,17 @@ class Process:
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             self._agent.stop(self.pid)
         self.wait(grace)
+        self.kill()
+        self._reader.join(REST)
+        self._over = True
+
+    def kill(self) -> None:
+        """End it without giving it time to tell anybody, least of all the forge."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         if self._account:
             self._account.end()
         self._process.wait()
-        self._reader.join(REST)
-        self._over = True
 
     def wait(self, timeout: float) -> bool:
         """Say whether it has ended, within so many seconds."""

@@ -27,15 +27,16 @@ TIMES = 3  # a job is run again at most, however often it is interrupted
 PAUSES = (1, 2, 4, 8, 15)  # seconds between two questions to the forge; the last one for ever
 
 
-def remember(bucket: store.Store, job: Job) -> Interruption:
+def remember(bucket: store.Store, job: Job, *, forgetful: bool = False) -> Interruption:
     """Write down that a job was interrupted, before anything else can go wrong.
 
-    Remembering one interruption twice does no harm.
+    Remembering one interruption twice does no harm. In a forgetful bucket there is nothing of
+    earlier ones: every earlier attempt counts as one.
     """
     before = bucket.load(store.interruption(job), Interruption)
     if before and before.job.attempt == job.attempt:
         return before
-    times = before.times + 1 if before else 1
+    times = before.times + 1 if before else max(1, job.attempt if forgetful else 1)
     found = Interruption(job=job, times=times, pending=times <= TIMES)
     bucket.save(store.interruption(job), found)
     if not found.pending:

@@ -6,7 +6,7 @@ empty directory and yields what Rig describes.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 import psutil
@@ -179,7 +179,8 @@ class BitbucketRig:
 
 @contextmanager
 def bitbucket_rig(directory: Path) -> Iterator[Rig]:
-    with Bitbucket(page=2, offline_after=1) as there, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Bitbucket(page=2, offline_after=1) as there:
+        there.lost_after = 2
         for name, value in there.environment(directory).items():
             patch.setenv(name, value)
         yield BitbucketRig(there)
@@ -408,6 +409,32 @@ def test_an_aborted_job_fails_and_runs_again_once(
     scene.becomes(fence, "succeeded")
     assert scene.rig.attempts(job) == 2
     assert trace.read_text() == "run\nrun\n"
+
+
+def test_a_job_is_lost_with_its_runner(
+    scene: Scene, waiting: str, flag: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    started = scene.ready("one-0af3")
+    job = scene.rig.submit("long", f"echo $$ > {trace}.new; mv {trace}.new {trace}; {waiting}")
+    seen = scene.running(started, "one-0af3")
+    assert scene.forge.alone(seen)
+    assert scene.forge.lost("other") == []
+    scene.until(trace.exists)
+    agent = psutil.Process(started.pid)
+    for process in (agent, *agent.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    started.ended()
+    scene.until(lambda: scene.forge.lost("one"))
+    (lost,) = scene.forge.lost("one")
+    assert (lost.key, lost.attempt, lost.runner) == (seen.key, seen.attempt, "one-0af3")
+    scene.until(lambda: scene.forge.retry(lost))
+    flag.touch()
+    scene.ready("two")
+    scene.becomes(job, "succeeded")
+    assert scene.rig.attempts(job) == 2
+    assert scene.forge.lost("one") == []
 
 
 def test_a_running_job_is_not_run_again_yet(scene: Scene, waiting: str, flag: Path) -> None:

@@ -91,6 +91,7 @@ class Pipeline:
     number: int
     target: dict[str, Any]
     step: Step
+    others: list[Step] = field(default_factory=list)  # which run elsewhere at the same time
     uuid: str = field(default_factory=_uuid)
 
 
@@ -107,7 +108,8 @@ class Bitbucket(FarSide):
     """One Bitbucket with some repositories."""
 
     page: int = 100  # runners on a page at most
-    offline_after: float = 3  # seconds without a word
+    offline_after: float = 3  # seconds without a word …
+    lost_after: float = 0  # … and more of them until the step has failed
     tells_scopes: bool = True
     repositories: dict[str, Repository] = field(default_factory=dict)
     workspaces: dict[str, str] = field(default_factory=dict)  # and their numbers
@@ -213,6 +215,7 @@ class Bitbucket(FarSide):
             ("GET", f"{repository}/pipelines/", self._pipelines),
             ("POST", f"{repository}/pipelines/", self._run),
             ("GET", pipeline, self._pipeline),
+            ("GET", f"{pipeline}/steps/", self._steps),
             ("GET", f"{pipeline}/steps/<step>", self._step),
             ("POST", f"{pipeline}/stopPipeline", self._stop),
         )
@@ -248,7 +251,8 @@ class Bitbucket(FarSide):
         """End the steps of runners that are gone."""
         with self.changed:
             for runner in self.runners.values():
-                if runner.step and self.status(runner) == "OFFLINE":
+                silent = _now() - runner.seen
+                if runner.step and silent > self.offline_after + self.lost_after:
                     runner.step.state, runner.step.result = "COMPLETED", "ERROR"
                     runner.step = None
 
@@ -406,8 +410,17 @@ class Bitbucket(FarSide):
         found = self._which(workspace, slug, number).step
         if found.uuid != step:
             raise Refused(404, "Step not found.")
-        state = self._state(found, "pipeline_step_state")
-        return {"type": "pipeline_step", "uuid": found.uuid, "name": found.name, "state": state}
+        return self._told_step(found)
+
+    def _steps(self, workspace: str, slug: str, number: str) -> Any:
+        self._caller("read:pipeline:bitbucket")
+        pipeline = self._which(workspace, slug, number)
+        found = [self._told_step(one) for one in (pipeline.step, *pipeline.others)]
+        return {"page": 1, "pagelen": 100, "size": len(found), "values": found}
+
+    def _told_step(self, step: Step) -> dict[str, Any]:
+        state = self._state(step, "pipeline_step_state")
+        return {"type": "pipeline_step", "uuid": step.uuid, "name": step.name, "state": state}
 
     def _run(self, workspace: str, slug: str) -> Any:
         self._caller("write:pipeline:bitbucket")

@@ -19,7 +19,7 @@ from cml_runner.errors import (
 from cml_runner.forges.bitbucket import address, answers
 from cml_runner.forges.bitbucket.agent import Agent, package, runtime
 from cml_runner.forges.bitbucket.api import NEEDS, WRITE, Api
-from cml_runner.model import Job, Registration, Runner
+from cml_runner.model import Job, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
@@ -184,10 +184,26 @@ class Forge:
             return False
         return True
 
+    def alone(self, job: Job) -> bool:
+        """Say if no other step of its pipeline runs."""
+        _, pipeline, _ = self._find(job)
+        return sum(one.state.is_running for one in self._steps(pipeline)) <= 1
+
     def lost(self, name: str) -> list[Job]:
-        """List nothing: Bitbucket tells nobody but a runner itself which steps it runs."""
-        del name
-        return []
+        """List the steps which offline runners of this name seem to run.
+
+        Only a repository can be asked which of its pipelines go on.
+        """
+        path = f"{self._address.scope}/pipelines/?sort=-created_on&pagelen={RECENT}"
+        had = self._had(name) if self._address.repository else {}
+        recent = self._api.ask("GET", path, answers.Pipelines).values if had else []
+        return [
+            self.job(Job(name=one.name, id=f"-/{pipeline.uuid}/{one.uuid}", runner=had[one.uuid]))
+            for pipeline in recent
+            if not pipeline.state.is_over
+            for one in self._steps(f"{self._address.scope}/pipelines/{quote(pipeline.uuid, '')}")
+            if one.uuid in had
+        ]
 
     def packages(self) -> list[Package]:
         """The one for machines without Docker."""
@@ -246,6 +262,20 @@ class Forge:
             one.build_number > pipeline.build_number and _identity(one) == _identity(pipeline)
             for one in later
         )
+
+    def _steps(self, pipeline: str) -> list[answers.Step]:
+        return self._api.ask("GET", f"{pipeline}/steps/?pagelen={RECENT}", answers.Steps).values
+
+    def _had(self, name: str) -> dict[str, str]:
+        """Say which offline runner of this name has which step, as far as Bitbucket tells."""
+        return {
+            item.state.step["uuid"]: item.name
+            for item in self._api.runners(self._path())
+            if stands_for(item.name, name)
+            and item.state.status != "ONLINE"
+            and isinstance(item.state.step, dict)
+            and "uuid" in item.state.step
+        }
 
     def _is_lost(self, name: str) -> bool:
         return bool(name) and not any(one.name == name and one.online for one in self.runners())

@@ -83,6 +83,11 @@ class State:
         return self.name == "COMPLETED"
 
     @property
+    def is_running(self) -> bool:
+        """A runner has it."""
+        return self.name == "IN_PROGRESS"
+
+    @property
     def is_good(self) -> bool:
         """It ended as it should."""
         return self.is_over and self.result == Result("SUCCESSFUL")
@@ -112,6 +117,13 @@ class Step:
     uuid: str
     state: State
     name: str = ""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One page of them."""
+
+    values: list[Step]
 
 
 @dataclass(frozen=True)

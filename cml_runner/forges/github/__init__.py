@@ -20,7 +20,7 @@ from cml_runner.errors import (
 from cml_runner.forges.github import address, answers
 from cml_runner.forges.github.agent import SYSTEM_LABELS, Agent
 from cml_runner.forges.github.api import Api
-from cml_runner.model import Job, Package, Registration, Runner
+from cml_runner.model import Job, Package, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
@@ -135,6 +135,11 @@ class Forge:
             log.warning("%s", error)
             return False
 
+    def alone(self, job: Job) -> bool:
+        """Say if nothing else of its run is under way: GitHub takes no re-run before that ends."""
+        jobs = self._jobs(self._find_run(job), job.attempt)
+        return sum(one.status != "completed" for one in jobs) <= 1
+
     def lost(self, name: str) -> list[Job]:
         """List what still seems to run on this runner; GitHub waits some minutes for its return.
 
@@ -150,13 +155,13 @@ class Forge:
                 id=str(job.id),
                 pipeline=f"{self._address.path}/actions/runs/{run.id}",
                 attempt=run.run_attempt,
-                runner=name,
+                runner=job.runner_name or name,
                 url=f"{self.url}/actions/runs/{run.id}/job/{job.id}",
             )
             for page in pages
             for run in page.workflow_runs
             for job in self._jobs(f"{path}/{run.id}", run.run_attempt)
-            if job.runner_name == name and job.status == "in_progress"
+            if stands_for(job.runner_name or "", name) and job.status == "in_progress"
         ]
 
     def packages(self) -> list[Package]:

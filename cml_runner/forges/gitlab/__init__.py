@@ -21,7 +21,7 @@ from cml_runner.errors import (
 from cml_runner.forges.gitlab import address, answers
 from cml_runner.forges.gitlab.agent import RELEASES, Agent
 from cml_runner.forges.gitlab.api import ENOUGH, MAINTAINER, NEEDS, Api, Place
-from cml_runner.model import Job, Package, Registration, Runner
+from cml_runner.model import Job, Package, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
@@ -206,12 +206,16 @@ class Forge:
             return False
         return True
 
+    def alone(self, job: Job) -> bool:
+        """Say yes: GitLab retries any job at any time."""
+        return bool(job)
+
     def lost(self, name: str) -> list[Job]:
         """List what still seems to run on offline runners of this name."""
         return [
-            self.job(Job(name=job.name, id=str(job.id), runner=name, url=job.web_url))
+            self.job(Job(name=job.name, id=str(job.id), runner=runner.name, url=job.web_url))
             for runner in self.runners()
-            if runner.name == name and not runner.online
+            if stands_for(runner.name, name) and not runner.online
             for job in self._api.pages(f"/runners/{runner.id}/jobs", answers.Job, status="running")
         ]
 

@@ -4,7 +4,8 @@ It needs no account, no network and no server. A job is a directory, and moves:
 
     queued/JOB/     script (run by its "#!" line, else by /bin/sh), labels (comma separated; "cml")
     running/JOB/    as well: runner (its name), attempt (1, 2, …), log (as it grows)
-    done/JOB/       as well: exit (its code), result (succeeded, failed or cancelled)
+    done/JOB/       as well: exit (its code), result (succeeded, failed, cancelled, or lost with
+                    its runner)
 
 What an earlier attempt left is kept beside them as log.1, exit.1, result.1, … To put in a job by
 hand, make its directory elsewhere on the same disk and move it into queued/; any name will do, and
@@ -57,6 +58,7 @@ from cml_runner.model import (
     Registration,
     Runner,
     Troubled,
+    stands_for,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ Progress = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 PLACES = ("queued", "running", "done")
 RESULTS = ("succeeded", "failed", "cancelled")
+LOST = "lost with its runner"  # a result, too, that counts as failed
 SECRET = "LOCAL_FORGE_SECRET"  # noqa: S105 - the variable's name
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
 ENDED, REFUSED, TRY_AGAIN, DELETED = 0, 1, 2, 7  # exit codes of the agent
@@ -210,9 +213,17 @@ class Forge:
             folder.rename(self.root / "queued" / folder.name)
             return True
 
+    def alone(self, job: Job) -> bool:
+        """Say yes: jobs of a queue have nothing to do with each other."""
+        return bool(job)
+
     def lost(self, name: str) -> list[Job]:
         """List what a runner of this name was running when it died."""
-        return [one.job for one in self.jobs() if one.state == "running" and one.runner == name]
+        with self._locked():
+            found = [one for one in self._jobs("done") if _text(one / "result") == LOST]
+            return [
+                one.job for one in map(self._state, found) if stands_for(one.job.runner, name)
+            ]
 
     def packages(self) -> list[Package]:
         """List nothing: the agent comes with us."""
@@ -325,7 +336,7 @@ class Forge:
             if not self._online(_text(folder / "runner")):
                 with suppress(OSError), (folder / "log").open("a", encoding="utf-8") as log:
                     log.write("lost communication with the runner\n")
-                self._end(folder, "failed", None)
+                self._end(folder, LOST, None)
 
     def _end(self, folder: Path, result: str, exit_code: int | None) -> str:
         runner = _text(folder / "runner")
