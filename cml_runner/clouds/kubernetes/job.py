@@ -37,7 +37,8 @@ KINDS = (
 )
 NO_IMAGE = re.compile(
     r"InvalidImageName|couldn't parse image|invalid reference format|not found|does not exist"
-    r"|manifest unknown|denied|unauthorized|[Ff]orbidden|no such host|no match for platform"
+    r"|manifest unknown|denied|unauthorized|forbidden|no such host|no match for platform",
+    re.IGNORECASE,
 )
 IMAGE = re.compile(r"pull image|InvalidImageName|couldn't parse image|ErrImage")
 INTERRUPTIONS = ("Evicted", "Preempted", "TaintManagerEviction", "Killing", "NodeShutdown")
@@ -176,7 +177,7 @@ class Group:
         of_pods = self.job.session.items("events", fieldSelector="involvedObject.kind=Pod")
         own = [one for one in of_pods if self._is_pod(one["involvedObject"]["name"])]
         deleted = {one["message"].rpartition(" ")[2] for one in of_job if _is_deletion(one)}
-        found = [_happening(one, deleted) for one in (*of_job, *own)]
+        found = [happening(one, deleted) for one in (*of_job, *own)]
         return sorted(found, key=lambda one: one.at)
 
     def expire(self, at: datetime | None) -> None:
@@ -250,7 +251,7 @@ def lease(found: Mapping[str, Any]) -> Lease:
     )
 
 
-def _happening(event: Mapping[str, Any], deleted: set[str]) -> Happening:
+def happening(event: Mapping[str, Any], deleted: set[str]) -> Happening:
     """Give an event its kind; which pods the Job controller itself deletes is known."""
     text = event.get("message") or event.get("reason") or ""
     at = event.get("lastTimestamp") or event.get("eventTime") or event.get("firstTimestamp")

@@ -120,7 +120,7 @@ class Words(store.Store):
         with suppress(msgspec.MsgspecError):
             if said:
                 found = msgspec.json.decode(said[-1].removeprefix(store.SAID), type=Status)
-        return _ended(mine[-1], found)
+        return ended(mine[-1], found)
 
     def _unwritable(self, key: str) -> RunnerError:
         return RunnerError(f"{key} can't be written: only a task's pods say what they do")
@@ -132,7 +132,7 @@ def _rank(one: dict[str, Any]) -> int:
     return int(labels.get(INDEX) or annotations.get(INDEX) or 0)
 
 
-def _ended(one: dict[str, Any], said: Status | None) -> Status | None:
+def ended(one: dict[str, Any], said: Status | None) -> Status | None:
     """Say how a pod ended which didn't say so itself."""
     end = terminated(one)
     over = said and said.state in ("ended", "failed", "interrupted")

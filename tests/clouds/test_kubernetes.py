@@ -1,0 +1,324 @@
+"""What is special about Kubernetes, as far as no cluster is needed to see it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cml_runner import bootstrap
+from cml_runner.clouds.kubernetes import Cloud, job, machine, pod, words
+from cml_runner.errors import ConfigurationError
+from cml_runner.model import Identifier, Machine, Program, Status, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+NOW = datetime(2026, 11, 25, tzinfo=timezone.utc)
+SECRET = "not-a-real-t0ken"
+
+
+def task(count: int = 1, permissions: str = "", **machine: Any) -> Task:
+    wanted = Machine(**{"types": ("2-4000",), "permissions": permissions, **machine})
+    return Task(
+        id=Identifier.fixed("some task"),
+        settings=SECRET,
+        machine=wanted,
+        program=Program(version="1.2.3", requirement="cml-runner==1.2.3"),
+        count=count,
+        tags={"owner": "we"},
+    )
+
+
+def manifest(wanted: Task, nodes: Mapping[str, str] | None = None) -> Any:
+    understood = pod.understood(wanted, nodes or {})
+    return pod.job(wanted, understood, "us-west", kept=3600, grace=60)
+
+
+def template(wanted: Task, nodes: Mapping[str, str] | None = None) -> Any:
+    return manifest(wanted, nodes)["spec"]["template"]["spec"]
+
+
+def test_a_job_is_suspended_numbers_its_pods_and_goes_after_its_end() -> None:
+    spec = manifest(task(count=3))["spec"]
+    assert spec["suspend"] is True
+    assert spec["completionMode"] == "Indexed"
+    assert (spec["completions"], spec["parallelism"]) == (3, 3)
+    assert spec["ttlSecondsAfterFinished"] == 3600
+
+
+def test_disruptions_are_ignored_and_failures_never_tried_again() -> None:
+    spec = manifest(task())["spec"]
+    disrupted, interrupted, failed = spec["podFailurePolicy"]["rules"]
+    assert disrupted["action"] == interrupted["action"] == "Ignore"
+    assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert interrupted["onExitCodes"]["values"] == [bootstrap.INTERRUPTED]
+    assert failed["action"] == "FailIndex"
+    assert failed["onExitCodes"]["operator"] == "NotIn"
+    assert failed["onExitCodes"]["values"] == [137, 143]
+    assert spec["podReplacementPolicy"] == "Failed"
+
+
+def test_a_pod_asks_for_what_it_may_use() -> None:
+    found = template(task(types=("8-64000+v100*2",), disk=50))["containers"][0]["resources"]
+    amounts = {"cpu": "8", "memory": "64000M", "nvidia.com/gpu": "2"}
+    assert found == {
+        "requests": {**amounts, "ephemeral-storage": "50G"},
+        "limits": amounts,
+    }
+
+
+def test_a_pod_has_no_access_to_the_cluster() -> None:
+    found = template(task())
+    assert found["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in found
+    assert "initContainers" not in found
+    assert "privileged" not in json.dumps(found)
+
+
+def test_unless_it_is_asked_for() -> None:
+    found = template(task(permissions="trainer"))
+    assert found["automountServiceAccountToken"] is True
+    assert found["serviceAccountName"] == "trainer"
+
+
+def test_an_engine_for_containers_is_there_on_request() -> None:
+    found = template(task(docker=True))
+    (engine,) = found["initContainers"]
+    assert engine["restartPolicy"] == "Always"  # it runs beside the others, and ends after them
+    assert engine["securityContext"] == {"privileged": True}
+    variables = {one["name"]: one.get("value") for one in found["containers"][0]["env"]}
+    assert variables["DOCKER_HOST"] == "tcp://127.0.0.1:2375"
+    assert "securityContext" not in found["containers"][0]
+
+
+def test_the_users_own_choices() -> None:
+    options = {
+        "kubernetes-namespace": "team",
+        "kubernetes-node-selector": "a=b,c.d/e=f",
+        "kubernetes-toleration": "gpu=yes:NoSchedule",
+        "kubernetes-image-pull-secret": "one,two",
+    }
+    found = template(task(options=options, image="me/mine:1"), {"zone": "z"})
+    assert found["nodeSelector"] == {"zone": "z", "a": "b", "c.d/e": "f"}
+    assert found["tolerations"] == [
+        {"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}
+    ]
+    assert found["imagePullSecrets"] == [{"name": "one"}, {"name": "two"}]
+    assert found["containers"][0]["image"] == "me/mine:1"
+    assert "affinity" not in found
+
+
+def test_spot_is_a_must_or_a_wish() -> None:
+    must = template(task(spot=True))["affinity"]["nodeAffinity"]
+    wish = template(task(spot=True, spot_fallback=True))["affinity"]["nodeAffinity"]
+    assert list(must) == ["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert list(wish) == ["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert "affinity" not in template(task())
+
+
+def test_the_secret_is_not_in_the_manifest() -> None:
+    assert SECRET not in json.dumps(manifest(task()))
+
+
+def test_every_mistake_is_told_before_anything_is_sent() -> None:
+    wrong = task(
+        types=("huge",),
+        image="Two Words",
+        ssh_key="a key",
+        spot=True,
+        spot_price=0.5,
+        options={"aws-subnet": "x", "kubernetes-node-selector": "y", "kubernetes-toleration": "="},
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        Cloud("us-west").plan(wrong)
+    assert [one.partition(":")[0].partition(" ")[0] for one in caught.value.mistakes] == [
+        "--cloud-aws-subnet",
+        "--cloud-ssh-private",
+        "--cloud-spot-price",
+        "type",
+        "image",
+        "--cloud-kubernetes-node-selector",
+        "--cloud-kubernetes-toleration",
+    ]
+
+
+def test_an_unknown_region() -> None:
+    with pytest.raises(ConfigurationError, match="KEY=VALUE"):
+        Cloud("mars")
+
+
+def test_an_identifier_alone_will_do_to_delete() -> None:
+    plan = Cloud("us-west").plan(Task(id=Identifier.fixed("some task")))
+    assert [one.label for one in plan.resources] == ["job", "settings", "script", "pods"]
+
+
+def test_the_role_names_each_verb() -> None:
+    role = Cloud("us-west").permissions()
+    assert role["kind"] == "Role"
+    assert all("*" not in json.dumps(rule) for rule in role["rules"])
+
+
+# The first script of a container
+
+
+def test_the_script_keeps_its_secrets_where_they_are() -> None:
+    script = Cloud("us-west").start(Program(version="1.2.3", requirement="cml-runner==1.2.3"))
+    assert SECRET not in script
+    assert "cml-runner==1.2.3" in script
+    assert subprocess.run(["sh", "-n"], input=script, text=True, check=True).returncode == 0
+
+
+# What a pod knows of itself
+
+
+def test_a_pod_knows_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Cloud.rank() == 0
+    monkeypatch.setenv(machine.INDEX, "7")
+    assert Cloud.rank() == 7
+
+
+def test_a_notice_is_what_the_hook_has_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(machine.HOME, str(tmp_path))
+    monkeypatch.setenv(machine.GRACE, "60")
+    assert Cloud.notice() is None
+    hook = template(task())["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    command = [*hook[:-1], hook[-1].replace(str(machine.DIRECTORY), str(tmp_path))]
+    subprocess.run(command, check=True)
+    found = Cloud.notice()
+    assert found
+    assert found.deadline
+    assert timedelta(0) < found.deadline - datetime.now(timezone.utc) <= timedelta(seconds=60)
+
+
+def test_a_hook_that_is_still_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(machine.HOME, str(tmp_path))
+    (tmp_path / machine.NOTICE).touch()
+    assert Cloud.notice()
+
+
+# What the cluster says
+
+
+def event(reason: str, message: str, kind: str = "Pod", **more: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"creationTimestamp": "2026-11-25T00:00:00Z"},
+        "involvedObject": {"kind": kind, "name": "cml-x-0-abcde"},
+        "reason": reason,
+        "message": message,
+        "type": "Warning",
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        (event("FailedScheduling", "0/3 nodes are available: 3 Insufficient cpu."), "info"),
+        (event("FailedCreate", 'pods "x" is forbidden: exceeded quota: q', "Job"), "quota"),
+        (
+            event("FailedCreate", "x is forbidden: failed quota: q: must specify limits", "Job"),
+            "quota",
+        ),
+        (event("FailedCreate", 'serviceaccount "x" is forbidden', "Job"), "permission"),
+        (event("FailedCreate", 'violates PodSecurity "restricted:latest"', "Job"), "permission"),
+        (event("FailedCreate", "admission webhook x denied the request: no", "Job"), "permission"),
+        (event("FailedCreate", "something else", "Job"), "error"),
+        (event("SuccessfulCreate", "Created pod: x", "Job", type="Normal"), "info"),
+        (event("Failed", 'Failed to pull image "x": not found'), "image"),
+        (event("Failed", 'Failed to pull image "x": 401 Unauthorized'), "image"),
+        (event("Failed", 'Failed to pull image "x": i/o timeout'), "info"),  # tried again
+        (event("Failed", "Error: ErrImagePull"), "info"),  # the event before it says why
+        (event("InspectFailed", "couldn't parse image name: invalid reference format"), "image"),
+        (event("Failed", "Error: failed to create containerd task: exec: sh: not found"), "error"),
+        (event("Evicted", "The node was low on resource: memory."), "interruption"),
+        (event("TaintManagerEviction", "Marking for deletion Pod x"), "interruption"),
+        (event("Preempted", "Preempted by y on node z"), "interruption"),
+        (event("Killing", "Stopping container runner", type="Normal"), "interruption"),
+        (event("Pulling", "Pulling image", type="Normal"), "info"),
+    ],
+)
+def test_events_have_their_kind(found: dict[str, Any], kind: str) -> None:
+    assert job.happening(found, set()).kind == kind
+
+
+def test_a_pod_that_its_own_job_ends_is_no_interruption() -> None:
+    found = event("Killing", "Stopping container runner", type="Normal")
+    assert job.happening(found, {"cml-x-0-abcde"}).kind == "info"
+
+
+def test_an_event_without_a_word() -> None:
+    found = event("Odd", "")
+    del found["message"]
+    assert job.happening(found, set()).message == "Odd"
+
+
+# How a pod ended
+
+
+def pod_that(phase: str, code: int | None = None, **more: Any) -> dict[str, Any]:
+    terminated = {} if code is None else {"terminated": {"exitCode": code, **more}}
+    statuses = [{"name": "runner", "state": terminated}]
+    return {
+        "metadata": {"name": "cml-x-0-abcde"},
+        "status": {"phase": phase, "containerStatuses": statuses},
+    }
+
+
+SAID = Status(state="busy", at=NOW, since=NOW, runner="cml-x")
+
+
+@pytest.mark.parametrize(
+    ("found", "said", "state"),
+    [
+        (pod_that("Running"), SAID, "busy"),
+        (pod_that("Running"), None, ""),
+        (pod_that("Succeeded", 0), SAID, "ended"),
+        (pod_that("Failed", 75), SAID, "interrupted"),
+        (pod_that("Failed", 137, reason="OOMKilled"), SAID, "interrupted"),
+        (pod_that("Failed", 1, reason="Error"), SAID, "failed"),
+        (pod_that("Failed", 1, reason="Error"), None, "failed"),
+        (pod_that("Failed"), SAID, "failed"),
+    ],
+)
+def test_who_ended_without_a_word_is_spoken_for(
+    found: dict[str, Any], said: Status | None, state: str
+) -> None:
+    status = words.ended(found, said)
+    assert (status.state if status else "") == state
+
+
+def test_a_last_word_stands() -> None:
+    said = Status(state="failed", at=NOW, since=NOW, runner="x", reason="why", code=8)
+    assert words.ended(pod_that("Failed", 8), said) == said
+
+
+# How long it may be there
+
+
+def found_job(**annotations: str) -> dict[str, Any]:
+    name = str(Identifier.fixed("some task"))
+    created = "2026-11-25T00:00:00Z"
+    return {"metadata": {"name": name, "creationTimestamp": created, "annotations": annotations}}
+
+
+def test_a_launch_that_was_never_finished_is_given_up_after_an_hour() -> None:
+    expires = (NOW + timedelta(days=5)).isoformat()
+    found = job.lease(found_job(**{job.EXPIRES: expires}))
+    assert found.expires == NOW + job.LAUNCH
+    found = job.lease(found_job(**{job.EXPIRES: expires, job.LAUNCHED: "true"}))
+    assert found.expires == NOW + timedelta(days=5)
+    assert job.lease(found_job(**{job.EXPIRES: "", job.LAUNCHED: "true"})).expires is None
+
+
+def test_jobs_of_others_are_not_ours() -> None:
+    found = found_job()
+    found["metadata"]["name"] = "cml-but-not-ours"
+    with pytest.raises(ConfigurationError):
+        job.lease(found)
