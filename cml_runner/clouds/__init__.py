@@ -100,7 +100,6 @@ class Cloud(Protocol):
     """One account in one region of one cloud."""
 
     dedicated: ClassVar[bool]  # each machine is a system of its own in which nothing else runs
-    remembers: ClassVar[bool]  # what a machine writes into the bucket, the next one can read
     metadata_service: ClassVar[bool]  # a machine's identity can be had over its network
 
     def __init__(self, region: str) -> None:
@@ -129,6 +128,13 @@ class Cloud(Protocol):
         """Which of its group's machines this one is, on the machine.
 
         None where the cloud doesn't number them: then they agree on it in the bucket.
+        """
+
+    @staticmethod
+    def forgotten() -> int | None:
+        """Count the machines, on the machine, which had its place and of which nothing is left.
+
+        None where the bucket keeps what machines write, so that each learns of those before it.
         """
 
     @staticmethod

@@ -118,8 +118,7 @@ class Supervisor:
         self.rules = _rules(settings, self.forge)
         self.state = State(since=time.monotonic())
         self.before = _before(bucket, rank)
-        # There may have been machines in our place that nobody here knows anything of.
-        self.forgotten = bool(cloud and not cloud.remembers)
+        self.forgotten = cloud.forgotten() if cloud else None  # machines in our place before
         self.report = Report(bucket, rank, self.name)
         self.recovery = recovery.Recovery(bucket, self.forge, self.events) if self.forge else None
 
@@ -368,29 +367,30 @@ class Supervisor:
         assert self.process
         job = self._job()
         if job and stop.retry and self.settings.retry and self.forge:
-            if self.forgotten and stop.then == "vanish" and self._has_company(job):
+            forgetful = self.forgotten is not None
+            if forgetful and stop.then == "vanish" and not self._is_alone(job):
                 log.info("%s can't be run again yet: the forge will find it lost", job.name)
                 self.process.kill()
                 self.unheard = True  # or the forge would forget who ran it
                 return
             try:
-                self._recover(recovery.remember(self.bucket, job, forgetful=self.forgotten))
+                self._recover(recovery.remember(self.bucket, job, forgetful=forgetful))
             except RunnerError as error:
                 log.warning("%s may not be run again: %s", job.name, error)
         self.process.abort()
 
-    def _has_company(self, job: Job) -> bool:
-        """Say if others of the job's pipeline go on, for which a re-run would have to wait.
+    def _is_alone(self, job: Job) -> bool:
+        """Say if nothing else of the job's pipeline goes on, for which a re-run had to wait.
 
-        This machine can't wait for them, and would be the only one to remember the job. One that
+        This machine couldn't wait for it, and would be the only one to remember the job. One that
         is lost and not failed is told by the forge to whoever comes next.
         """
         assert self.forge
         try:
-            return not self.forge.alone(job)
+            return self.forge.alone(job)
         except RunnerError as error:
             log.warning("%s", error)
-            return False
+            return True
 
     def _settle(self, patience: float, stop: Stop) -> None:
         """Take what still comes from the agent, and keep what doesn't come from it for later."""
@@ -419,7 +419,7 @@ class Supervisor:
                 self.process.stop(GRACE)
             if not self.unheard:
                 self._try_to_unregister()
-            if stop.then == "leave" or not self.cloud or self.forgotten:
+            if stop.then == "leave" or self.forgotten is not None or not self.cloud:
                 self._last_try(self._patience(stop))
             self.workdir.delete()
             code = failure.exit_code if isinstance(failure, RunnerError) else int(bool(failure))
@@ -431,7 +431,7 @@ class Supervisor:
         """How many seconds there are for what no machine after us will do."""
         if not self.cloud:
             return LAST_TRY
-        notice = self.cloud.notice() if self.forgotten and stop.then == "vanish" else None
+        notice = self.cloud.notice() if stop.then == "vanish" else None
         if not notice or not notice.deadline:
             return 0
         return (notice.deadline - datetime.now(timezone.utc)).total_seconds() - LAST_WORD

@@ -234,7 +234,7 @@ def event(reason: str, message: str, kind: str = "Pod", **more: Any) -> dict[str
         (event("Failed", 'Failed to pull image "x": not found'), "image"),
         (event("Failed", 'Failed to pull image "x": 401 Unauthorized'), "image"),
         (event("Failed", 'Failed to pull image "x": i/o timeout'), "info"),  # tried again
-        (event("Failed", "Error: ErrImagePull"), "info"),  # the event before it says why
+        (event("Failed", 'Failed to pull image "x": i/o timeout', count=4), "image"),
         (event("InspectFailed", "couldn't parse image name: invalid reference format"), "image"),
         (event("Failed", "Error: failed to create containerd task: exec: sh: not found"), "error"),
         (event("Evicted", "The node was low on resource: memory."), "interruption"),

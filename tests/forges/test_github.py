@@ -19,7 +19,7 @@ from cml_runner.forges.github import Forge
 from cml_runner.model import Credential, Job
 from tests.lab.github import GitHub, WorkflowJob
 from tests.lab.github_shapes import moment
-from tests.lab.github_state import Token
+from tests.lab.github_state import LOST, Token
 
 if TYPE_CHECKING:
     from cml_runner import forges
@@ -236,6 +236,60 @@ def test_a_runner_that_was_lost_with_its_job(gh: GitHub, forge: forges.Forge) ->
 
 
 # Jobs
+
+
+def _lost(gh: GitHub, name: str, runner: str, message: str) -> None:
+    gh.add_run("owner/repo", [WorkflowJob(name)])
+    found = _online(gh, runner, name)
+    assert found.job
+    found.job.message = message
+    gh.finish(found, "Failed")
+
+
+def test_a_job_that_goes_on_without_its_runner(gh: GitHub, forge: forges.Forge) -> None:
+    gh.add_run("owner/repo", [WorkflowJob("long"), WorkflowJob("other")])
+    _online(gh, "a", "long")
+    _online(gh, "b", "other")
+    assert [(one.name, one.attempt) for one in forge.lost("a")] == [("long", 1)]
+    assert forge.lost("c") == []
+
+
+def test_what_github_itself_says_was_lost(gh: GitHub, forge: forges.Forge) -> None:
+    _lost(gh, "lost", "a-0af3", LOST)
+    _lost(gh, "wrong", "a-0af4", "Process completed with exit code 1.")
+    _lost(gh, "other", "b", LOST)
+    gh.add_run("owner/repo", [WorkflowJob("fine")])
+    _do(gh, "fine", "Succeeded", "a")
+    assert [one.name for one in forge.lost("a")] == ["lost"]
+
+
+def test_what_was_lost_long_ago(gh: GitHub, forge: forges.Forge) -> None:
+    gh.clock = lambda: time.time() - 7 * 3600
+    _lost(gh, "lost", "a", LOST)
+    gh.clock = time.time
+    assert forge.lost("a") == []
+
+
+def test_who_may_not_read_checks_learns_less(gh: GitHub) -> None:
+    token = gh.add_fine_grained_token("owner/repo", actions="write")
+    _lost(gh, "lost", "a", LOST)
+    assert _forge(gh, token).lost("a") == []
+    token = gh.add_fine_grained_token("owner/repo", actions="write", checks="read")
+    assert len(_forge(gh, token).lost("a")) == 1
+
+
+def test_an_organisation_is_not_asked_for_runs(gh: GitHub) -> None:
+    token = gh.add_token("admin:org")
+    assert _forge(gh, token, "owner").lost("a") == []
+
+
+def test_a_job_that_is_not_alone(gh: GitHub, forge: forges.Forge) -> None:
+    run = gh.add_run("owner/repo", [WorkflowJob("long"), WorkflowJob("other")])
+    _online(gh, "a", "long")
+    job = Job(name="long", pipeline=f"owner/repo/actions/runs/{run.id}", attempt=1, runner="a")
+    assert not forge.alone(job)
+    _do(gh, "other", "Failed", "b")
+    assert forge.alone(job)
 
 
 def _interrupted(gh: GitHub, *others: str) -> tuple[Run, Job]:

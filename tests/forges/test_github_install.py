@@ -17,7 +17,7 @@ import pytest
 
 from cml_runner import web
 from cml_runner.errors import AgentFailed
-from cml_runner.forges.github import Agent, Forge
+from cml_runner.forges.github import Agent, Forge, install
 from cml_runner.model import Credential, Package
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tests.lab.github import GitHub
 
 DOWNLOADS = "/_downloads/.*"
+OTHERS = ("externals", "work")  # in the home of an image's user
 
 
 @pytest.fixture(autouse=True)
@@ -229,3 +230,40 @@ def test_an_old_python(
     with pytest.raises(AgentFailed, match="can't be installed"):
         Agent().install(tmp_path / "b" / "c", [package])
     assert _left(tmp_path / "b" / "c") == []
+
+
+@pytest.fixture
+def image(gh: GitHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of the user of a container image which brings an old version."""
+    gh.version = "2.336.0"
+    home = tmp_path / "home"
+    Agent().install(home, _packages(gh))
+    (home / install.MARK).unlink()
+    for name in OTHERS:
+        (home / name).mkdir(exist_ok=True)
+    gh.version = "2.337.0"
+    gh.requests.clear()
+    monkeypatch.setattr(install, "BROUGHT", home)
+    return home
+
+
+def test_what_an_image_brings_is_not_downloaded(
+    gh: GitHub, packages: list[Package], image: Path
+) -> None:
+    directory = image / "work" / "mine"  # inside: it must not copy itself
+    assert Agent().install(directory, packages) == "2.336.0"
+    assert gh.asked("GET", DOWNLOADS) == []
+    assert _version(directory) == "2.336.0"
+    assert _left(directory) == [install.MARK, "bin", "externals"]
+    assert (directory / "externals").resolve() == image / "externals"
+
+
+def test_what_an_image_brings_is_replaced_once_it_is_refused(
+    gh: GitHub, image: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "mine"
+    Agent().install(directory, _packages(gh))
+    assert Agent().install(directory, _packages(gh)) == "2.337.0"
+    assert _version(directory) == "2.337.0"
+    assert _version(image) == "2.336.0"
+    assert (image / "externals").is_dir()

@@ -41,11 +41,13 @@ START = """\
 set -eu
 mount -t tmpfs tmpfs /run
 mkdir -p /run/netns
+mount --bind {etc}/resolv.conf /etc/resolv.conf
 exec >>{log}/init 2>&1
 (exec {bin}/etcd --data-dir {etc}/etcd --unsafe-no-fsync --log-level error \\
   --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \\
   --listen-peer-urls http://127.0.0.1:2380) >{log}/etcd 2>&1 &
-(exec containerd --config {etc}/containerd.toml) >{log}/containerd 2>&1 &
+(export SSL_CERT_FILE={authority}
+  exec containerd --config {etc}/containerd.toml) >{log}/containerd 2>&1 &
 {apiserver}
 until [ -s {etc}/kubeconfig ]; do sleep 0.1; done
 (exec {bin}/kube-controller-manager --kubeconfig {etc}/kubeconfig --leader-elect=false \\
@@ -249,6 +251,7 @@ class Cluster:
         for name in ("log", "cni", "plugins", "kubelet"):
             (etc / name).mkdir(parents=True)
         words = {"bin": self._bin, "etc": etc, "log": etc / "log", **PLACE}
+        words["authority"] = self.internet.authority
         (etc / "start").write_text(START.format(apiserver=self._apiserver, **words))
         (etc / "containerd.toml").write_text(CONTAINERD.format(**words))
         (etc / "kubelet.yaml").write_text(KUBELET.format(**words))

@@ -316,6 +316,10 @@ def get_job(call: Call) -> Answer:
     return Answer(200, shapes.job(call.at, call.job))
 
 
+def list_annotations(call: Call) -> Answer:
+    return Answer(200, shapes.notes(call.at, call.job))
+
+
 def rerun_job(call: Call) -> Answer:
     job = call.job
     _check_over(job.run, "The workflow run containing this job is already running")
@@ -451,6 +455,7 @@ ROUTES: tuple[tuple[str, str, str, Callable[[Call], Answer]], ...] = (
     ("POST", f"{RUNS}{ID}/(?:force-)?cancel", "actions:write", cancel),
     ("GET", f"{REPO}/actions/jobs{ID}", "actions:read", get_job),
     ("POST", f"{REPO}/actions/jobs{ID}/rerun", "actions:write", rerun_job),
+    ("GET", f"{REPO}/check-runs{ID}/annotations", "checks:read", list_annotations),
     ("GET", REPO, "metadata:read", get_repository),
     ("GET", rf"(?:{REPO}|/(?P<kind2>orgs)/(?P<name2>[^/]+))/installation", "jwt", get_installation),
     ("POST", rf"/app/installations{ID}/access_tokens", "jwt", installation_token),

@@ -173,6 +173,23 @@ def group(at: Address, place: Place, number: int) -> dict[str, Any]:
     }
 
 
+def notes(at: Address, one: Job) -> list[dict[str, Any]]:
+    """What people read beside the result of a job that ended in an unusual way."""
+    note = {
+        "path": ".github",
+        "start_line": 1,
+        "end_line": 1,
+        "start_column": None,
+        "end_column": None,
+        "annotation_level": "failure",
+        "title": "",
+        "message": one.message,
+        "raw_details": "",
+        "blob_href": f"{at.html}/{one.run.repository.name}/blob/{SHA}/.github",
+    }
+    return [note] if one.message else []
+
+
 def job(at: Address, one: Job) -> dict[str, Any]:
     repo = f"{at.api}/repos/{one.run.repository.name}"
     html = f"{at.html}/{one.run.repository.name}/actions/runs/{one.run.id}/job/{one.id}"

@@ -187,6 +187,9 @@ def use_runs(gh: GitHub, call: Caller) -> None:
         gh.start(runner.job)
         call("GET", job)
         call("GET", whole)
+        call("GET", f"/repos/acme/train/check-runs/{runner.job.id}/annotations")
+        runner.job.message = "Something went wrong."
+        call("GET", f"/repos/acme/train/check-runs/{runner.job.id}/annotations")
         gh.finish(runner, result)
     for again in (f"{job}/rerun", f"{whole}/rerun-failed-jobs", f"{whole}/rerun"):
         call("GET", f"{whole}/jobs?filter=latest")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cml_runner.wait import until
+from tests.lab.github import WorkflowJob
+from tests.worlds import OnGitHub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,6 +106,31 @@ def test_a_pod_that_is_killed_is_replaced_and_its_job_run_again(town: Town) -> N
     over(town)
 
 
+def test_evicted_while_other_jobs_of_the_run_go_on(town: Town) -> None:
+    """GitHub takes no re-run before they are over, and the pod can't wait for that."""
+    assert isinstance(town.world, OnGitHub)
+    world, github = town.world, town.world.github
+    mine = WorkflowJob("train", ("self-hosted", "x"), LONG)
+    other = WorkflowJob("other", ("self-hosted", "elsewhere"), "true")
+    github.add_run("acme/model", [mine, other])
+    found = launch(town, "--cloud-spot", "--cloud-spot-fallback", "--idle-timeout", "5s")
+    wait(town, lambda: "first half" in world.job("train").log, "the middle of the job")
+    done = town.cli("interrupt", found["id"], "--cloud", "kubernetes", "--after", "10s")
+    assert done.returncode == 0, done.stderr
+    wait(town, lambda: world.job("train").state == "failed", "GitHub to find it lost")
+    assert world.job("train").attempt == 1
+    (pod,) = town.pods()  # which waits, though it has been idle for long
+    wait(town, lambda: "was interrupted: waiting" in town.log(pod["metadata"]["name"]), "it to wait")
+    elsewhere = github.register(github.places["repos/acme/model"], "elsewhere", ["elsewhere"])
+    elsewhere.job = github.job("other")
+    github.start(elsewhere.job)
+    github.finish(elsewhere, "Succeeded")
+    wait(town, lambda: world.job("train").state == "succeeded", "its good end")
+    assert world.job("train").attempt == 2
+    github.unregister(elsewhere)
+    over(town)
+
+
 def test_one_job_in_an_image_that_brings_the_agent(town: Town) -> None:
     world = town.world
     found = launch(town, "--single", "--idle-timeout", "never", image="agent")
@@ -142,7 +169,7 @@ def test_the_deadline_ends_it(town: Town) -> None:
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (("--cloud-image", "lab.example/nothing:1"), 11, "lab.example/nothing:1"),
+        (("--cloud-image", "images.lab.example/nothing:1"), 11, "nothing:1"),
         (("--cloud-type", "900-500", "--wait-timeout", "6s"), 11, "Insufficient cpu"),
         (("--cloud-permission-set", "nobody"), 3, 'serviceaccount "nobody" not found'),
     ],
@@ -186,8 +213,7 @@ def test_whoever_may_not_do_something_hears_what(town: Town, verb: str) -> None:
 
 
 def test_the_namespace_is_deleted_under_us(town: Town) -> None:
-    more = ("--cloud-image", "lab.example/busybox:1", "--cloud-type", "0.1-50")
-    process = town.start("launch", "--cloud", "kubernetes", "--labels", "x", *more)
+    process = town.start("launch", "--cloud", "kubernetes", *SIZE, "--labels", "x")
     wait(town, lambda: town.ask("GET", "pods")["items"], "a pod", 30)
     town.country.cluster.kubectl("DELETE", f"/api/v1/namespaces/{town.name}")
     _, err = process.communicate(timeout=60)

@@ -24,12 +24,14 @@ from tests.worlds import WORLDS, OnGitHub
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from tests.worlds import World
 
+LOST = 40  # seconds until GitHub gives a job up; a cluster needs twenty to replace a dead pod
 KINDS = ("jobs", "pods", "secrets", "configmaps")
+REGISTRY = "images.lab.example"  # of images, all of which are on the node already
 
 
 class Country:
@@ -46,6 +48,7 @@ class Country:
         self._stack.enter_context(self.internet)
         self._stack.enter_context(self.cluster)
         self.internet.serve(PACKAGES, index(self.prepared))
+        self.internet.serve(REGISTRY, _registry)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,6 +58,8 @@ class Country:
     def town(self, directory: Path, forge: str = "github") -> Iterator[Town]:
         """Found one, with a forge of its own."""
         world: World = WORLDS[forge](directory)
+        if isinstance(world, OnGitHub):
+            world.github.lost_after = LOST
         try:
             for host, application in world.move_out(FORGE).items():
                 assert application or isinstance(world, OnGitHub)
@@ -169,3 +174,10 @@ class Town:
                 if one["metadata"]["name"].startswith("cml-"):
                     found.append(f"{kind} {one['metadata']['name']}")
         return found
+
+
+def _registry(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    """Be a registry of images which has none."""
+    error = {"code": "MANIFEST_UNKNOWN", "message": f"unknown: {environ['PATH_INFO']}"}
+    start("404 Not Found", [("Content-Type", "application/json")])
+    return [json.dumps({"errors": [error]}).encode()]

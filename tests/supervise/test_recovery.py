@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +40,12 @@ def test_one_interruption_counts_once(bucket: Store) -> None:
     assert recovery.pending(bucket) == [first]
     recovery.remember(bucket, Job(name="other", pipeline="1", attempt=1))
     assert len(recovery.pending(bucket)) == 2
+
+
+def test_where_nothing_is_remembered_every_attempt_counts(bucket: Store) -> None:
+    for attempt, pending in ((1, True), (3, True), (4, False)):
+        job = replace(JOB, name=f"job {attempt}", attempt=attempt)
+        assert recovery.remember(bucket, job, forgetful=True).pending is pending
 
 
 class Slow(Forge):

@@ -54,7 +54,7 @@ PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last on
 class Cloud:
     """One account, that of the credentials which the SDK finds, in one region."""
 
-    dedicated = remembers = metadata_service = True
+    dedicated = metadata_service = True
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)
@@ -90,6 +90,10 @@ class Cloud:
     @staticmethod
     def rank() -> None:
         """A group's machines have no numbers."""
+
+    @staticmethod
+    def forgotten() -> None:
+        """The bucket keeps it all."""
 
     @staticmethod
     def machine() -> str:

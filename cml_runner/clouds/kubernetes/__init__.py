@@ -49,7 +49,6 @@ class Cloud:
     """One cluster and namespace. A region is all of it, or the nodes with some label."""
 
     dedicated = True
-    remembers = False
     metadata_service = False
     kept: int = KEPT  # a test may be in a hurry
     grace: int = pod.GRACE  # likewise
@@ -117,6 +116,11 @@ class Cloud:
     def rank() -> int:
         """The Job controller numbers its pods."""
         return machine.rank()
+
+    @staticmethod
+    def forgotten() -> int:
+        """The Job controller counts the pods that it had to replace."""
+        return machine.replaced()
 
     @staticmethod
     def machine() -> str:

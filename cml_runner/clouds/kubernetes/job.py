@@ -41,6 +41,8 @@ NO_IMAGE = re.compile(
     re.IGNORECASE,
 )
 IMAGE = re.compile(r"pull image|InvalidImageName|couldn't parse image|ErrImage")
+PULLS = 4  # of an image that fail, for whatever reason, before it is given up; after a minute or so
+NOISE = re.compile(r"Error: (ErrImagePull|ImagePullBackOff)|Back-off pulling image .*")
 INTERRUPTIONS = ("Evicted", "Preempted", "TaintManagerEviction", "Killing", "NodeShutdown")
 
 
@@ -177,7 +179,8 @@ class Group:
         of_pods = self.job.session.items("events", fieldSelector="involvedObject.kind=Pod")
         own = [one for one in of_pods if self._is_pod(one["involvedObject"]["name"])]
         deleted = {one["message"].rpartition(" ")[2] for one in of_job if _is_deletion(one)}
-        found = [happening(one, deleted) for one in (*of_job, *own)]
+        told = [one for one in (*of_job, *own) if not NOISE.fullmatch(one.get("message") or "")]
+        found = [happening(one, deleted) for one in told]
         return sorted(found, key=lambda one: one.at)
 
     def expire(self, at: datetime | None) -> None:
@@ -262,7 +265,8 @@ def happening(event: Mapping[str, Any], deleted: set[str]) -> Happening:
         if reason == "FailedCreate":
             kind = next((kind for kind, words in KINDS if words.search(text)), "error")
     elif IMAGE.search(text) and event.get("type") == "Warning":
-        kind = "image" if NO_IMAGE.search(text) else "info"
+        hopeless = NO_IMAGE.search(text) or (event.get("count") or 1) >= PULLS
+        kind = "image" if hopeless else "info"
     elif reason in INTERRUPTIONS and name not in deleted:
         kind, text = "interruption", f"{name} has to go: {text}"
     elif reason == "Failed":

@@ -15,11 +15,21 @@ GRACE = "CML_RUNNER_GRACE"  # seconds from a notice to the end, at most
 NOTICE = "notice"  # a file that the pod's preStop hook writes: the time, in seconds since 1970
 HOME = "CML_RUNNER_POD_DIRECTORY"  # the directory, if it is another
 POD = "CML_RUNNER_POD"  # the pod's name; its host name stays when it is replaced
+# How often a pod of this number failed, or was taken away; the Job controller's own counts.
+COUNTS = {
+    "CML_RUNNER_FAILURES": "batch.kubernetes.io/job-index-failure-count",
+    "CML_RUNNER_DISRUPTIONS": "batch.kubernetes.io/job-index-ignored-failure-count",
+}
 
 
 def rank() -> int:
     """Which of the Job's pods this is."""
     return int(os.environ.get(INDEX) or 0)
+
+
+def replaced() -> int:
+    """How many pods were in the place of this one."""
+    return sum(int(os.environ.get(name) or 0) for name in COUNTS)
 
 
 def name() -> str:

@@ -173,7 +173,8 @@ def _container(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
         "image": wanted.image,
         "command": ["/bin/sh", f"{SCRIPT}/{KEY}"],
         "env": [
-            {"name": machine.POD, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+            _told(machine.POD, "metadata.name"),
+            *(_told(name, f"metadata.annotations['{of}']") for name, of in machine.COUNTS.items()),
             *({"name": name, "value": value} for name, value in variables.items()),
         ],
         "resources": {"requests": {**resources, **disk}, "limits": resources},
@@ -186,6 +187,10 @@ def _container(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the usual 64 MB are too small
         ],
     }
+
+
+def _told(name: str, field: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}}
 
 
 def _docker() -> dict[str, Any]:

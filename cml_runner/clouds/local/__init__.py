@@ -48,7 +48,6 @@ class Cloud:
     """The computer that we are on. A region is a directory, and all sizes are the same."""
 
     dedicated = metadata_service = False
-    remembers = True
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 
@@ -108,6 +107,10 @@ class Cloud:
         if machine and not os.path.isdir(machine):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), machine)
         return files.read(Path(machine, "notice.json"), Notice) if machine else None
+
+    @staticmethod
+    def forgotten() -> None:
+        """The bucket keeps it all."""
 
     @staticmethod
     def machine() -> str:

@@ -6,6 +6,7 @@ import logging
 import re
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from cml_runner.errors import (
@@ -24,7 +25,7 @@ from cml_runner.model import Job, Package, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from cml_runner.model import Credential
 
@@ -37,6 +38,9 @@ PACKAGE = re.compile(r"actions-runner-linux-(x64|arm64)-(\d+(?:\.\d+)+)\.tar\.gz
 DEFAULT_GROUP = 1  # https://docs.github.com/en/rest/actions/self-hosted-runner-groups
 MARGIN = timedelta(days=2)  # a version that GitHub will refuse so soon is refused already
 ATTEMPTS = 3  # to register, while others take the same name
+RECENT = 20  # runs that failed, and how long ago, to be looked at for jobs that were lost
+LATELY = timedelta(hours=6)
+LOST = "lost communication with the server"  # what GitHub says of them
 
 
 class Forge:
@@ -141,14 +145,13 @@ class Forge:
         return sum(one.status != "completed" for one in jobs) <= 1
 
     def lost(self, name: str) -> list[Job]:
-        """List what still seems to run on this runner; GitHub waits some minutes for its return.
+        """List what still seems to run on this runner, or what GitHub says was lost with it.
 
-        Only a repository can be asked which of its runs go on.
+        GitHub waits some minutes for its return. Only a repository can be asked about its runs.
         """
         if self._address.kind != "repository":
             return []
         path = f"{self._address.prefix}/actions/runs"
-        pages = self._api.pages(path, answers.Runs, needs="job", status="in_progress")
         return [
             Job(
                 name=job.name,
@@ -158,10 +161,9 @@ class Forge:
                 runner=job.runner_name or name,
                 url=f"{self.url}/actions/runs/{run.id}/job/{job.id}",
             )
-            for page in pages
-            for run in page.workflow_runs
+            for run in (*self._runs("in_progress"), *islice(self._runs("failure"), RECENT))
             for job in self._jobs(f"{path}/{run.id}", run.run_attempt)
-            if stands_for(job.runner_name or "", name) and job.status == "in_progress"
+            if stands_for(job.runner_name or "", name) and self._is_lost(job)
         ]
 
     def packages(self) -> list[Package]:
@@ -260,6 +262,23 @@ class Forge:
     def _jobs(self, root: str, attempt: int) -> list[answers.Job]:
         pages = self._api.pages(f"{root}/attempts/{attempt}/jobs", answers.Jobs, needs="job")
         return [job for page in pages for job in page.jobs]
+
+    def _runs(self, status: str) -> Iterator[answers.Run]:
+        path = f"{self._address.prefix}/actions/runs"
+        for page in self._api.pages(path, answers.Runs, needs="job", status=status):
+            yield from page.workflow_runs
+
+    def _is_lost(self, job: answers.Job) -> bool:
+        """Say if a job of a runner that is no more still goes on, or why it failed."""
+        if job.status != "completed":
+            return True
+        if not job.ended or datetime.now(timezone.utc) - job.ended > LATELY:
+            return False  # this name had another life then
+        path = f"{self._address.prefix}/check-runs/{job.id}/annotations"  # a job is a check
+        with suppress(CredentialsError, NotFound):  # some tokens may read jobs, but no checks
+            notes = self._api.ask("GET", path, list[answers.Annotation])
+            return any(LOST in (one.message or "") for one in notes)
+        return False
 
     # The runner program
 

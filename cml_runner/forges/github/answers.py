@@ -92,6 +92,11 @@ class Job:
     started_at: str | None = None
     completed_at: str | None = None
 
+    @property
+    def ended(self) -> datetime | None:
+        """When it was over."""
+        return _moment(self.completed_at) if self.completed_at else None
+
     def is_carried(self, later: Job) -> bool:
         """Say if a job of a later attempt is but a copy of this one, which was not run again."""
         same = self.runner_name == later.runner_name and self.conclusion == later.conclusion
@@ -99,6 +104,13 @@ class Job:
             later.started_at,
             later.completed_at,
         )
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What people read beside a job."""
+
+    message: str | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def install(directory: Path, packages: Sequence[Package]) -> str:
     mark = directory / MARK
     try:
         if not mark.exists() and (version := _brought()):
-            shutil.copytree(BROUGHT, directory, symlinks=True, dirs_exist_ok=True)
+            _take_over(directory)
             mark.write_text(version)
             return version
         package = DOWNLOAD.choose(packages)
@@ -56,6 +56,14 @@ def _brought() -> str:
         )
         return done.stdout.strip()
     return ""
+
+
+def _take_over(directory: Path) -> None:
+    """Use what the image brings; the program keeps its registration beside its own directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(BROUGHT / "bin", directory / "bin", symlinks=True, dirs_exist_ok=True)
+    _remove(directory / "externals")
+    (directory / "externals").symlink_to(BROUGHT / "externals")  # large, and never written to
 
 
 def _unpack(file: IO[bytes], directory: Path) -> None:

@@ -221,9 +221,7 @@ class Forge:
         """List what a runner of this name was running when it died."""
         with self._locked():
             found = [one for one in self._jobs("done") if _text(one / "result") == LOST]
-            return [
-                one.job for one in map(self._state, found) if stands_for(one.job.runner, name)
-            ]
+            return [one.job for one in map(self._state, found) if stands_for(one.job.runner, name)]
 
     def packages(self) -> list[Package]:
         """List nothing: the agent comes with us."""
