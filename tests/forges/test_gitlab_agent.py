@@ -275,3 +275,15 @@ def test_the_stand_in_knows_its_arguments(gl: GitLab, tmp_path: Path) -> None:
     found.install(tmp_path, _packages(gl))
     command = [str(tmp_path / "gitlab-runner"), "run-single", "--no-such-flag"]
     assert subprocess.run(command, check=False, capture_output=True).returncode != 0
+
+
+def test_what_an_image_brings_is_not_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = tmp_path / "gitlab-runner"
+    brought.write_text("#!/bin/sh\nprintf 'Version:      18.5.0\\nGit revision: bda84871\\n'\n")
+    brought.chmod(0o755)
+    monkeypatch.setattr(agent, "BROUGHT", brought)
+    directory = tmp_path / "mine"
+    assert Agent().install(directory, []) == "18.5.0"
+    assert (directory / "gitlab-runner").resolve() == brought

@@ -119,15 +119,15 @@ def test_evicted_while_other_jobs_of_the_run_go_on(town: Town) -> None:
     assert done.returncode == 0, done.stderr
     wait(town, lambda: world.job("train").state == "failed", "GitHub to find it lost")
     assert world.job("train").attempt == 1
-    (pod,) = town.pods()  # which waits, though it has been idle for long
-    wait(town, lambda: "was interrupted: waiting" in town.log(pod["metadata"]["name"]), "it to wait")
+    name = town.pods()[0]["metadata"]["name"]  # it is idle, and waits
+    wait(town, lambda: "was interrupted: waiting" in town.log(name), "another pod")
     elsewhere = github.register(github.places["repos/acme/model"], "elsewhere", ["elsewhere"])
-    elsewhere.job = github.job("other")
+    elsewhere.job, elsewhere.seen = github.job("other"), time.monotonic()
     github.start(elsewhere.job)
     github.finish(elsewhere, "Succeeded")
     wait(town, lambda: world.job("train").state == "succeeded", "its good end")
     assert world.job("train").attempt == 2
-    github.unregister(elsewhere)
+    github.remove(elsewhere)
     over(town)
 
 
