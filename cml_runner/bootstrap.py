@@ -199,11 +199,11 @@ step='reading the settings'
 [ "$(id -u)" != 0 ] || chmod 755 {base}
 (umask 077 && mkdir -p {directory} && cat {settings} >{directory}/settings.json)
 
-if ! command -v python3 && [ "$(id -u)" = 0 ] && command -v apt-get; then
+if ! command -v python3 >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   step='installing what the image lacks'
   missing=
   for program in curl git sudo; do
-    command -v "$program" || missing="$missing $program"
+    command -v "$program" >/dev/null || missing="$missing $program"
   done
   export DEBIAN_FRONTEND=noninteractive
   apt-get -qq update
@@ -211,7 +211,7 @@ if ! command -v python3 && [ "$(id -u)" = 0 ] && command -v apt-get; then
 fi >&2
 
 step='looking for python3, which the image must have unless its user is root'
-command -v python3 >&2
+command -v python3 >/dev/null
 place=/opt/cml-runner
 {installed}installed || place={base}/program
 {install}

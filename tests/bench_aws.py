@@ -8,13 +8,21 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tests.lab.aws.front import Entry
     from tests.lab.region import Region
+
+    class Entry(Protocol):
+        """A call, in seconds."""
+
+        @property
+        def began(self) -> float: ...
+        @property
+        def ended(self) -> float: ...
+
 
 LATENCY = 0.1  # seconds that each call takes, at least
 

@@ -18,6 +18,8 @@ import subprocess
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +71,17 @@ APISERVER = """\
   --service-account-key-file {etc}/accounts.key \\
   --service-account-signing-key-file {etc}/accounts.key \\
   --kubelet-preferred-address-types InternalIP --authorization-mode RBAC \\
+  --audit-policy-file {etc}/audit.yaml --audit-log-path {log}/audit \
   --token-auth-file {etc}/tokens.csv) >>{log}/apiserver 2>&1 &
 echo $! >{etc}/apiserver.pid
+"""
+AUDIT = """\
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- {level: Metadata, userGroups: ["system:serviceaccounts"]}
+- {level: None}
 """
 CONTAINERD = """\
 version = 2
@@ -135,6 +146,16 @@ def missing(prepared: Path) -> str:
     if not all((prepared / "kubernetes" / name).exists() for name in PROGRAMS):
         return "needs LAB_DIRECTORY, as made by python -m tests.lab.prepare"
     return ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A question to the API server, as its own records tell; times in seconds since 1970."""
+
+    verb: str
+    resource: str
+    began: float
+    ended: float
 
 
 class Cluster:
@@ -206,6 +227,17 @@ class Cluster:
             found: str = answer.read().decode()
             return found
 
+    def calls(self, account: str) -> list[Call]:
+        """List what a service account has asked, in the order of the answers."""
+        found = []
+        for line in (self._etc / "log" / "audit").read_text().splitlines():
+            one = json.loads(line)
+            if one["user"]["username"] == f"system:serviceaccount:{account}":
+                times = (one["requestReceivedTimestamp"], one["stageTimestamp"])
+                began, ended = (_seconds(text) for text in times)
+                found.append(Call(one["verb"], one["objectRef"]["resource"], began, ended))
+        return found
+
     def stop_server(self) -> None:
         """End the API server."""
         self._run("kill", "-9", (self._etc / "apiserver.pid").read_text().strip())
@@ -255,6 +287,7 @@ class Cluster:
         (etc / "start").write_text(START.format(apiserver=self._apiserver, **words))
         (etc / "containerd.toml").write_text(CONTAINERD.format(**words))
         (etc / "kubelet.yaml").write_text(KUBELET.format(**words))
+        (etc / "audit.yaml").write_text(AUDIT)
         (etc / "resolv.conf").write_text(f"nameserver {GATEWAY}\n")
         (etc / "cni" / "lab.conflist").write_text(json.dumps(NETWORK))
         (etc / "tokens.csv").write_text(f'{self.token},admin,admin,"system:masters"\n')
@@ -281,3 +314,7 @@ class Cluster:
     def _import(self) -> None:
         ctr = ("ctr", "--address", str(self._etc / "containerd.sock"), "-n", "k8s.io")
         self._run(*ctr, "images", "import", str(self._prepared / "images.tar"))
+
+
+def _seconds(text: str) -> float:
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%f%z").timestamp()

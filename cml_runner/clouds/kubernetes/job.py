@@ -42,7 +42,9 @@ NO_IMAGE = re.compile(
 )
 IMAGE = re.compile(r"pull image|InvalidImageName|couldn't parse image|ErrImage")
 PULLS = 4  # of an image that fail, for whatever reason, before it is given up; after a minute or so
-NOISE = re.compile(r"Error: (ErrImagePull|ImagePullBackOff)|Back-off pulling image .*")
+NOISE = re.compile(  # what only repeats another event, and our own doing
+    r"Error: (ErrImagePull|ImagePullBackOff)|Back-off pulling image .*|Job (suspended|resumed)"
+)
 INTERRUPTIONS = ("Evicted", "Preempted", "TaintManagerEviction", "Killing", "NodeShutdown")
 
 

@@ -1,0 +1,61 @@
+"""The part of bench.py that measures Kubernetes: on the lab's cluster, if it is prepared."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.bench_aws import in_a_row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.lab.town import Country, Town
+
+WHERE = ("--cloud", "kubernetes", "--cloud-type", "0.1-500", "--idle-timeout", "never")
+IMAGE = ("--cloud-image", "lab.example/system:1")
+
+
+def launches(show: Callable[..., None]) -> None:
+    """Launch one runner and fifty; count what the launcher asks until the pods may start."""
+    from tests.lab import cluster
+    from tests.lab.town import Country
+
+    prepared = Path(os.environ.get("LAB_DIRECTORY", "/nonexistent"))
+    if reason := cluster.missing(prepared):
+        show("launch on Kubernetes", f"not measured: {reason}")
+        return
+    with tempfile.TemporaryDirectory() as directory, Country(prepared, Path(directory)) as country:
+        with country.town(Path(directory)) as town:
+            _online(town, show)
+        for count in (1, 50):
+            with country.town(Path(directory)) as town:
+                _launch(country, town, count, show)
+
+
+def _launch(country: Country, town: Town, count: int, show: Callable[..., None]) -> None:
+    start = time.monotonic()
+    done = town.cli("launch", *WHERE, *IMAGE, "--no-wait", "--count", str(count))
+    spent = time.monotonic() - start
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    calls = country.cluster.calls(f"{town.name}:launcher")
+    let_go = next(n for n, one in enumerate(calls, 1) if one.verb == "patch")
+    row = f"{in_a_row(calls[:let_go])} in a row until its pods start"
+    what = f"launch --no-wait: {count} on Kubernetes, in the lab"
+    show(what, f"{spent:.2f} s", f"{len(calls)} calls", row, aim="4 in a row")
+    town.cli("destroy", json.loads(done.stdout)["id"], "--cloud", "kubernetes")
+
+
+def _online(town: Town, show: Callable[..., None]) -> None:
+    start = time.monotonic()
+    done = town.cli("launch", *WHERE, *IMAGE)
+    spent = time.monotonic() - start
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    show("launch to online: 1 on Kubernetes, in the lab", f"{spent:.2f} s")
+    town.cli("destroy", json.loads(done.stdout)["id"], "--cloud", "kubernetes")
