@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LIMIT = 16 * 1024  # bytes of user data: the least that a cloud takes, which is EC2
 INTERRUPTED = 75  # exit code of who was told to end, and expects to be replaced: EX_TEMPFAIL
+WORK = "/opt/cml-runner-work"  # where agents live, under an account which can't exchange it
 FAILED = "cml-runner: bootstrap failed"  # what the console says then, and the reason
 UV = "https://github.com/astral-sh/uv/releases/download/0.11.12/uv-{}-unknown-linux-gnu.tar.gz"
 UV_SHA256 = {
@@ -196,7 +197,7 @@ trap failed EXIT
 trap 'trap - EXIT; exit {interrupted}' TERM
 
 step='reading the settings'
-[ "$(id -u)" != 0 ] || chmod 755 {base}
+[ "$(id -u)" != 0 ] || chmod 755 {base} {work}
 (umask 077 && mkdir -p {directory} && cat {settings} >{directory}/settings.json)
 
 if ! command -v python3 >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -216,6 +217,7 @@ place=/opt/cml-runner
 {installed}installed || place={base}/program
 {install}
 step='starting the supervisor'
+cd {work}
 trap - EXIT TERM
 exec "$place/bin/python" -m cml_runner.supervise {url}
 """
@@ -252,7 +254,8 @@ def machine(url: str, program: Program, expires: datetime | None) -> str:
 def container(settings: str, url: str, program: Program) -> str:
     """Write the script that a container runs, under whatever user its image has.
 
-    It puts the settings, a file, into the directory at the URL, installs exactly this version
+    Both the directory above that of the URL and WORK must be there, and writable for the user. It
+    puts the settings, a file, into the directory at the URL, installs exactly this version
     unless the image has it, in /opt/cml-runner, and becomes the supervisor. An image without
     Python must be one of Debian's or Ubuntu's, whose user is root. Whatever fails, the reason is
     the last line.
@@ -265,6 +268,7 @@ def container(settings: str, url: str, program: Program) -> str:
         failed=FAILED,
         interrupted=INTERRUPTED,
         settings=quote(settings),
+        work=WORK,
         base=quote(str(directory.parent)),
         directory=quote(str(directory)),
         url=quote(url),

@@ -91,6 +91,8 @@ def test_an_engine_for_containers_is_there_on_request() -> None:
     (engine,) = found["initContainers"]
     assert engine["restartPolicy"] == "Always"  # it runs beside the others, and ends after them
     assert engine["securityContext"] == {"privileged": True}
+    shared = [one for one in found["containers"][0]["volumeMounts"] if one["name"] == "work"]
+    assert engine["volumeMounts"] == shared != []
     variables = {one["name"]: one.get("value") for one in found["containers"][0]["env"]}
     assert variables["DOCKER_HOST"] == "tcp://127.0.0.1:2375"
     assert "securityContext" not in found["containers"][0]
@@ -119,6 +121,13 @@ def test_spot_is_a_must_or_a_wish() -> None:
     assert list(must) == ["requiredDuringSchedulingIgnoredDuringExecution"]
     assert list(wish) == ["preferredDuringSchedulingIgnoredDuringExecution"]
     assert "affinity" not in template(task())
+
+
+def test_tags_are_labels_of_job_and_pods() -> None:
+    found = manifest(task())
+    assert found["metadata"]["labels"]["owner"] == "we"
+    assert found["spec"]["template"]["metadata"]["labels"]["owner"] == "we"
+    assert json.loads(found["metadata"]["annotations"]["cml-runner/tags"]) == {"owner": "we"}
 
 
 def test_the_secret_is_not_in_the_manifest() -> None:

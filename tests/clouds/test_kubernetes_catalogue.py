@@ -206,6 +206,12 @@ def test_taints_of_spot_machines_and_gpus_are_borne() -> None:
     assert keys == [*SPOT, "nvidia.com/gpu"]
 
 
+def test_tags_that_can_be_labels() -> None:
+    tags = {"team": "ml", "a.b/c": "d", "repo": "https://x.example/y", "two words": "x", "e": ""}
+    tags |= {"long": "x" * 64, "y" * 64: "x"}
+    assert catalogue.fitting(tags) == {"team": "ml", "a.b/c": "d", "e": ""}
+
+
 def _terms(found: dict[str, object]) -> list[dict[str, list[str]]]:
     required = found["requiredDuringSchedulingIgnoredDuringExecution"]
     return [_labels(one) for one in required["nodeSelectorTerms"]]  # type: ignore[index]

@@ -258,6 +258,15 @@ def test_what_an_image_brings_is_not_downloaded(
     assert (directory / "externals").resolve() == image / "externals"
 
 
+def test_an_engine_elsewhere_has_to_see_it(
+    packages: list[Package], image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:2375")
+    Agent().install(tmp_path / "mine", packages)
+    assert not (tmp_path / "mine" / "externals").is_symlink()
+    assert (image / "externals").is_dir()
+
+
 def test_what_an_image_brings_is_replaced_once_it_is_refused(
     gh: GitHub, image: Path, tmp_path: Path
 ) -> None:

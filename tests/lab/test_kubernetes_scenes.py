@@ -228,7 +228,7 @@ def test_the_server_is_gone_for_a_while(town: Town) -> None:
     process = town.start(*where)
     wait(town, town.pods, "a pod", 30)
     cluster.stop_server()
-    time.sleep(10)
+    time.sleep(20)
     cluster.start_server()
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err

@@ -29,6 +29,7 @@ KEY, VALUE = re.compile(PREFIX + NAME), re.compile(f"({NAME})?")
 TOLERATION = re.compile(r"(?P<key>[^=:]+)(=(?P<value>[^:]*))?(:(?P<effect>\w+))?")
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 IMAGE = re.compile(r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?")
+LONGEST = 63  # characters of a label's name, and of its value
 GPU = "nvidia.com/gpu"  # the resource, and the taint of nodes which have any
 
 
@@ -61,7 +62,7 @@ def region(name: str) -> tuple[str, dict[str, str]]:
         listed = ", ".join(REGIONS)
         msg = f"region {name!r}: Kubernetes has {listed}, or a label of nodes: KEY=VALUE"
         raise ConfigurationError(msg)
-    return re.sub(r"[^\w.-]", "_", name)[-63:].strip("_.-"), {key: value}
+    return re.sub(r"[^\w.-]", "_", name)[-LONGEST:].strip("_.-"), {key: value}
 
 
 def size(names: Sequence[str], gpu: str = "") -> Size:
@@ -120,6 +121,16 @@ def labels(texts: Sequence[str]) -> dict[str, str]:
             raise ConfigurationError(msg)
         found[key] = value
     return found
+
+
+def fitting(tags: Mapping[str, str]) -> dict[str, str]:
+    """Choose the tags which can be labels: those are short, and of few characters."""
+    return {
+        key: value
+        for key, value in tags.items()
+        if KEY.fullmatch(key) and VALUE.fullmatch(value)
+        if len(key.rpartition("/")[2]) <= LONGEST and len(value) <= LONGEST
+    }
 
 
 def tolerations(texts: Sequence[str]) -> list[dict[str, str]]:

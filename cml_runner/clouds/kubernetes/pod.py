@@ -85,7 +85,7 @@ def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> di
     A pod that is evicted, or says that it was, is replaced at once, as often as that happens; one
     that is killed, three times; one whose program fails, never.
     """
-    labels = {**OURS, TASK: str(task.id), REGION: region}
+    labels = {**catalogue.fitting(task.tags), **OURS, TASK: str(task.id), REGION: region}
     ignored: list[dict[str, Any]] = [
         {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"onExitCodes": _codes("In", bootstrap.INTERRUPTED)},
@@ -154,6 +154,7 @@ def _pod(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
             {"name": "settings", "secret": {"secretName": str(task.id), "defaultMode": 0o400}},
             {"name": "start", "configMap": {"name": str(task.id), "defaultMode": 0o555}},
             {"name": "run", "emptyDir": {}},
+            {"name": "work", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
@@ -184,6 +185,7 @@ def _container(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
             {"name": "settings", "mountPath": SETTINGS, "readOnly": True},
             {"name": "start", "mountPath": SCRIPT, "readOnly": True},
             {"name": "run", "mountPath": str(machine.DIRECTORY)},
+            _SHARED,
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the usual 64 MB are too small
         ],
     }
@@ -193,14 +195,23 @@ def _told(name: str, field: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}}
 
 
+_SHARED = {"name": "work", "mountPath": bootstrap.WORK}
+
+
 def _docker() -> dict[str, Any]:
     """Write the container of a Docker engine for this pod alone, there before ours and after it."""
     return {
         "name": "docker",
         "image": DOCKER_IMAGE,
         "restartPolicy": "Always",
-        "args": ["dockerd", f"--host={DOCKER}", "--tls=false"],
+        "args": [
+            "dockerd",
+            "--host=unix:///var/run/docker.sock",
+            f"--host={DOCKER}",
+            "--tls=false",
+        ],
         "securityContext": {"privileged": True},
+        "volumeMounts": [_SHARED],  # it is asked to mount parts of it
     }
 
 

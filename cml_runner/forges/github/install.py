@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -62,8 +63,12 @@ def _take_over(directory: Path) -> None:
     """Use what the image brings; the program keeps its registration beside its own directory."""
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copytree(BROUGHT / "bin", directory / "bin", symlinks=True, dirs_exist_ok=True)
-    _remove(directory / "externals")
-    (directory / "externals").symlink_to(BROUGHT / "externals")  # large, and never written to
+    large = directory / "externals"  # which are never written to
+    _remove(large)
+    if "DOCKER_HOST" in os.environ:  # an engine elsewhere, which has to mount them
+        shutil.copytree(BROUGHT / "externals", large, symlinks=True)
+    else:
+        large.symlink_to(BROUGHT / "externals")
 
 
 def _unpack(file: IO[bytes], directory: Path) -> None:
