@@ -97,10 +97,11 @@ class Forge(Protocol):
         Raises RunnerError when it never will.
         """
 
-    def alone(self, job: Job) -> bool:
-        """Say if a running job could be run again as soon as it has failed.
+    def better_lost(self, job: Job) -> bool:
+        """Say if a running job had better be lost with its machine than fail at once.
 
-        It can't be where a forge takes no re-run before the rest of a pipeline has ended, too.
+        So it is where it can't be run again before others of its pipeline have ended, for which
+        the machine can't wait, and `lost()` will tell the next machine of it.
         """
 
     def lost(self, name: str) -> list[Job]:

@@ -368,7 +368,7 @@ class Supervisor:
         job = self._job()
         if job and stop.retry and self.settings.retry and self.forge:
             forgetful = self.forgotten is not None
-            if forgetful and stop.then == "vanish" and not self._is_alone(job):
+            if forgetful and stop.then == "vanish" and self._is_better_lost(job):
                 log.info("%s can't be run again yet: the forge will find it lost", job.name)
                 self.process.kill()
                 self.unheard = True  # or the forge would forget who ran it
@@ -379,18 +379,14 @@ class Supervisor:
                 log.warning("%s may not be run again: %s", job.name, error)
         self.process.abort()
 
-    def _is_alone(self, job: Job) -> bool:
-        """Say if nothing else of the job's pipeline goes on, for which a re-run had to wait.
-
-        This machine couldn't wait for it, and would be the only one to remember the job. One that
-        is lost and not failed is told by the forge to whoever comes next.
-        """
+    def _is_better_lost(self, job: Job) -> bool:
+        """Ask the forge, since only this machine will remember that it was interrupted."""
         assert self.forge
         try:
-            return self.forge.alone(job)
+            return self.forge.better_lost(job)
         except RunnerError as error:
             log.warning("%s", error)
-            return True
+            return False
 
     def _settle(self, patience: float, stop: Stop) -> None:
         """Take what still comes from the agent, and keep what doesn't come from it for later."""

@@ -19,7 +19,7 @@ from cml_runner.errors import (
 from cml_runner.forges.bitbucket import Forge
 from cml_runner.forges.bitbucket.address import Address, detect
 from cml_runner.model import Credential, Job
-from tests.lab.bitbucket import READ, Bitbucket, Runner
+from tests.lab.bitbucket import READ, Bitbucket, Runner, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -327,6 +327,31 @@ def test_a_lost_step_is_stopped_and_run_again(bb: Bitbucket, forge: Forge) -> No
     assert pipeline.step.result == "STOPPED"
     assert forge.retry(_job(bb, pipeline))
     assert len(bb.runs(pipeline)) == 2
+
+
+def test_a_step_that_is_better_lost_than_failed(bb: Bitbucket, forge: Forge) -> None:
+    runner = _runner(bb, "one")
+    pipeline = _busy(bb, runner)
+    job = _job(bb, pipeline)
+    assert not forge.better_lost(job)
+    pipeline.others.append(Step("other", "true", ("cml",), state="IN_PROGRESS"))
+    assert forge.better_lost(job)
+    assert not _forge(bb, bb.add_token(), "team").better_lost(job)  # which nobody would find
+    pipeline.others[0].state = "COMPLETED"
+    assert not forge.better_lost(job)
+
+
+def test_steps_that_are_lost(bb: Bitbucket, forge: Forge) -> None:
+    bb.lost_after = 100
+    here, gone = _runner(bb, "here"), _runner(bb, "gone")
+    gone.seen = time.time() - 10
+    _busy(bb, here)
+    pipeline = _busy(bb, gone)
+    (job,) = forge.lost("gone")
+    assert (job.name, job.runner, job.attempt) == (pipeline.step.name, "gone", pipeline.number)
+    assert forge.lost("here") == []
+    assert forge.lost("other") == []
+    assert _forge(bb, bb.add_token(), "team").lost("gone") == []
 
 
 # Faults

@@ -418,7 +418,7 @@ def test_a_job_is_lost_with_its_runner(
     started = scene.ready("one-0af3")
     job = scene.rig.submit("long", f"echo $$ > {trace}.new; mv {trace}.new {trace}; {waiting}")
     seen = scene.running(started, "one-0af3")
-    assert scene.forge.alone(seen)
+    assert not scene.forge.better_lost(seen)
     assert scene.forge.lost("other") == []
     scene.until(trace.exists)
     agent = psutil.Process(started.pid)

@@ -283,13 +283,15 @@ def test_an_organisation_is_not_asked_for_runs(gh: GitHub) -> None:
     assert _forge(gh, token, "owner").lost("a") == []
 
 
-def test_a_job_that_is_not_alone(gh: GitHub, forge: forges.Forge) -> None:
+def test_a_job_that_is_better_lost_than_failed(gh: GitHub, forge: forges.Forge) -> None:
     run = gh.add_run("owner/repo", [WorkflowJob("long"), WorkflowJob("other")])
     _online(gh, "a", "long")
     job = Job(name="long", pipeline=f"owner/repo/actions/runs/{run.id}", attempt=1, runner="a")
-    assert not forge.alone(job)
+    assert forge.better_lost(job)
+    token = gh.add_token("repo", "admin:org")
+    assert not _forge(gh, token, "owner").better_lost(job)  # which nobody would find
     _do(gh, "other", "Failed", "b")
-    assert forge.alone(job)
+    assert not forge.better_lost(job)
 
 
 def _interrupted(gh: GitHub, *others: str) -> tuple[Run, Job]:

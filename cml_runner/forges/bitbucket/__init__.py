@@ -184,10 +184,11 @@ class Forge:
             return False
         return True
 
-    def alone(self, job: Job) -> bool:
-        """Say if no other step of its pipeline runs."""
+    def better_lost(self, job: Job) -> bool:
+        """Say if another step of its pipeline runs at the same time."""
         _, pipeline, _ = self._find(job)
-        return sum(one.state.is_running for one in self._steps(pipeline)) <= 1
+        running = sum(one.state.is_running for one in self._steps(pipeline))
+        return bool(self._address.repository) and running > 1
 
     def lost(self, name: str) -> list[Job]:
         """List the steps which offline runners of this name seem to run.

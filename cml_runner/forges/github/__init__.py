@@ -139,10 +139,12 @@ class Forge:
             log.warning("%s", error)
             return False
 
-    def alone(self, job: Job) -> bool:
-        """Say if nothing else of its run is under way: GitHub takes no re-run before that ends."""
+    def better_lost(self, job: Job) -> bool:
+        """Say if others of its run are under way: GitHub takes no re-run before they have ended."""
+        if self._address.kind != "repository":
+            return False
         jobs = self._jobs(self._find_run(job), job.attempt)
-        return sum(one.status != "completed" for one in jobs) <= 1
+        return sum(one.status != "completed" for one in jobs) > 1
 
     def lost(self, name: str) -> list[Job]:
         """List what still seems to run on this runner, or what GitHub says was lost with it.

@@ -206,9 +206,9 @@ class Forge:
             return False
         return True
 
-    def alone(self, job: Job) -> bool:
-        """Say yes: GitLab retries any job at any time."""
-        return bool(job)
+    def better_lost(self, job: Job) -> bool:
+        """Say no: GitLab retries any job at any time."""
+        return not job
 
     def lost(self, name: str) -> list[Job]:
         """List what still seems to run on offline runners of this name."""

@@ -213,9 +213,9 @@ class Forge:
             folder.rename(self.root / "queued" / folder.name)
             return True
 
-    def alone(self, job: Job) -> bool:
-        """Say yes: jobs of a queue have nothing to do with each other."""
-        return bool(job)
+    def better_lost(self, job: Job) -> bool:
+        """Say no: jobs of a queue have nothing to do with each other."""
+        return not job
 
     def lost(self, name: str) -> list[Job]:
         """List what a runner of this name was running when it died."""
