@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -213,12 +214,14 @@ def test_whoever_may_not_do_something_hears_what(town: Town, verb: str) -> None:
 
 
 def test_the_namespace_is_deleted_under_us(town: Town) -> None:
-    process = town.start("launch", "--cloud", "kubernetes", *SIZE, "--labels", "x")
+    slow = ("--cloud-startup-script", base64.b64encode(b"sleep 600").decode())
+    process = town.start("launch", "--cloud", "kubernetes", *SIZE, *slow)
     wait(town, lambda: town.ask("GET", "pods")["items"], "a pod", 30)
     town.country.cluster.kubectl("DELETE", f"/api/v1/namespaces/{town.name}")
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0, err
-    assert "gone" in err or "terminated" in err or "not found" in err
+    assert process.returncode == 4, err
+    assert "gone" in err or "is being deleted" in err
+    wait(town, lambda: not town.left(), "the end of all", 30)
 
 
 def test_the_server_is_gone_for_a_while(town: Town) -> None:

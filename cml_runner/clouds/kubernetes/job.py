@@ -170,11 +170,10 @@ class Group:
     def events(self) -> list[Happening]:
         """Read what the cluster says of Job and pods; it forgets that after an hour.
 
-        Raises NotFound if somebody deleted the Job while it is being launched.
+        Raises NotFound if somebody deletes the Job, or its namespace, while it is being launched.
         """
-        if self.job.ours and self.job.read() is None:
-            msg = f"{self.job.name} is gone: somebody deleted it, or its namespace"
-            raise NotFound(msg)
+        if self.job.ours:
+            self._check()
         of_job = self.job.session.items(
             "events", fieldSelector=f"involvedObject.kind=Job,involvedObject.name={self.job.name}"
         )
@@ -224,6 +223,20 @@ class Group:
         last = max(ended, key=lambda one: str(terminated(one).get("finishedAt")), default=None)
         chosen = last or next(reversed(pods), None)
         return self.job.store.said(chosen) if chosen else ""
+
+    def _check(self) -> None:
+        """See if the Job can have pods. Raises NotFound.
+
+        In a namespace that is being deleted nothing is created any more, not even an event.
+        """
+        if self.job.read() is None:
+            msg = f"{self.job.name} is gone: somebody deleted it, or its namespace"
+            raise NotFound(msg)
+        if not self.instances():
+            metadata = {"name": self.job.name}
+            with suppress(AlreadyExists):
+                query = {"dryRun": "All"}
+                self.job.session.call("POST", "configmaps", "", {"metadata": metadata}, query=query)
 
     def _is_pod(self, name: str) -> bool:
         return name.startswith(f"{self.job.name}-")

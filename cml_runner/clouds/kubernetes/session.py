@@ -263,7 +263,7 @@ def _error(status: int, content: bytes, action: str) -> RunnerError:
     if status == HTTPStatus.FORBIDDEN and QUOTA.search(text):
         return NoCapacity(text)
     if status == HTTPStatus.FORBIDDEN and "being terminated" in text:
-        return NotFound(text)
+        return NotFound(f"the namespace is being deleted: {text}")
     if status == HTTPStatus.FORBIDDEN:
         msg = f"not allowed to {action}: {text}. What is needed is printed by: "
         return CredentialsError(f"{msg}cml-runner permissions kubernetes")
