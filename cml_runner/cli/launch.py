@@ -106,20 +106,23 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
     "--cloud-kubernetes-node-selector",
     multiple=True,
     metavar="K=V",
-    help="Kubernetes.  [default: accelerator=…, from --cloud-gpu]",
+    help="Kubernetes: labels of the nodes to run on.  [default: by the GPU's kind]",
 )
 @options.option(
-    "--cloud-kubernetes-toleration", multiple=True, metavar="K=V:EFFECT", help="Likewise."
+    "--cloud-kubernetes-toleration",
+    multiple=True,
+    metavar="K=V:EFFECT",
+    help="Kubernetes: taints of nodes to bear.  [default: those of GPUs and spot machines]",
 )
 @options.option(
     "--workdir",
     "--path",
     "workdir",
-    help="Where the agent lives.  [default: ~/.cml/NAME]",
+    help="Where the agent lives.  [default: ~/.cml/NAME; below /opt on a cloud's machine]",
 )
 @options.option("--sudo/--no-sudo", default=True, help="Whether jobs may become root.")
 @options.option(
-    "--docker", is_flag=True, help="Install Docker on machines whose image hasn't got it."
+    "--docker", is_flag=True, help="Have Docker on the machines, where it has to be installed, too."
 )
 @options.option(
     "--machine-package",
