@@ -248,14 +248,18 @@ class Cluster:
         until(self._ready, "the control plane", 60, 0.1)
 
     def processes(self, pod: str) -> list[psutil.Process]:
-        """List the processes of our container in a pod, its first one at the head."""
+        """List the processes of our container in a pod, parents before their children.
+
+        Only some of them have an environment that tells, an agent for one hasn't.
+        """
         assert self._process
-        found = []
+        found: dict[int, psutil.Process] = {}
         for one in psutil.Process(self._process.pid).children(recursive=True):
             with suppress(psutil.Error):
                 if one.environ().get("CML_RUNNER_POD") == pod:
-                    found.append(one)
-        return found
+                    for process in (one, *one.children(recursive=True)):
+                        found.setdefault(process.pid, process)
+        return list(found.values())
 
     def volume(self, uid: str, name: str) -> Path:
         """Find the directory that is an empty volume of a pod."""

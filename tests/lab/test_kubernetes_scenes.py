@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from cml_runner.wait import until
@@ -40,7 +42,7 @@ def town(country: Country, tmp_path: Path, forge: str) -> Iterator[Town]:
 def launch(town: Town, *more: str, image: str = "system") -> dict[str, Any]:
     where = ("--cloud", "kubernetes", "--cloud-type", "0.5-500")
     what = ("--cloud-image", f"lab.example/{image}:1", "--labels", "x")
-    done = town.cli("launch", *where, *what, "--wait-timeout", "60s", *more)
+    done = town.cli("launch", *where, *what, "--wait-timeout", "110s", *more)
     assert done.returncode == 0, done.stderr + logs(town)
     assert town.world.environment["REPO_TOKEN"] not in done.stderr + done.stdout
     found: dict[str, Any] = json.loads(done.stdout)
@@ -101,7 +103,8 @@ def test_a_pod_that_is_killed_is_replaced_and_its_job_run_again(town: Town) -> N
     wait(town, lambda: "first half" in world.job("train").log, "the middle of the job")
     (first,) = town.pods()
     for process in town.country.cluster.processes(first["metadata"]["name"]):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     wait(town, lambda: world.job("train").state == "succeeded", "its good end", 120)
     assert world.job("train").attempt == 2
     over(town)
