@@ -19,7 +19,7 @@ import msgspec
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from obstore.store import ObjectStore, RetryConfig
 
@@ -99,7 +99,7 @@ class Store:
 
         try:
             with _translated(self.url):
-                obstore.put(self._store, key, content, mode="create")
+                obstore.put(self._store, key, content, mode="create", use_multipart=False)
         except FileNotFoundError as error:
             raise self._gone() from error
         except RunnerError as error:
@@ -116,13 +116,21 @@ class Store:
             return bytes(obstore.get(self._store, key).bytes())
         return None
 
+    def part(self, key: str, start: int, end: int) -> bytes | None:
+        """Return a part of an object's content, likewise."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            return bytes(obstore.get_range(self._store, key, start=start, end=end))
+        return None
+
     def write(self, key: str, content: bytes) -> None:
         """Put an object there at once as a whole, in place of an older one."""
         import obstore
 
         try:
             with _translated(self.url):
-                obstore.put(self._store, key, content)
+                obstore.put(self._store, key, content, use_multipart=False)
         except FileNotFoundError as error:
             raise self._gone() from error
 
@@ -133,12 +141,30 @@ class Store:
         with suppress(FileNotFoundError), _translated(self.url):
             obstore.delete(self._store, key)
 
-    def keys(self, prefix: str) -> list[str]:
-        """List the names of the objects whose name begins with a prefix, sorted."""
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove many objects; absent is removed already."""
         import obstore
 
+        try:
+            with _translated(self.url):
+                obstore.delete(self._store, keys)
+        except FileNotFoundError:  # some services stop at the first that is absent
+            for key in keys:
+                self.delete(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """List the names of the objects whose name begins with a prefix, sorted.
+
+        Objects in folders, a/b, are listed if the prefix names their folder, a/, or is empty.
+        """
+        import obstore
+
+        folder, slash, _ = prefix.rpartition("/")
         with suppress(FileNotFoundError), _translated(self.url):
-            found = obstore.list(self._store).collect()
+            if slash or not prefix:
+                found = obstore.list(self._store, prefix=folder + slash or None).collect()
+            else:  # there may be very many in folders
+                found = obstore.list_with_delimiter(self._store)["objects"]
             return sorted(item["path"] for item in found if item["path"].startswith(prefix))
         return []
 
@@ -162,7 +188,8 @@ class Store:
 
     def ranks(self) -> list[int]:
         """List the machines which have said anything yet."""
-        return sorted({int(key.split("-")[1].split(".")[0]) for key in self.keys("") if _told(key)})
+        told = (*self.keys("log-"), *self.keys("status-"))
+        return sorted({int(key.split("-")[1].split(".")[0]) for key in told})
 
     def _gone(self) -> NotFound:
         return NotFound(f"{self.url} is gone")
@@ -225,10 +252,6 @@ def opened(url: str) -> Store:
 def encoded(value: Any) -> bytes:
     """Write a dataclass as it is saved."""
     return msgspec.json.encode(value)
-
-
-def _told(key: str) -> bool:
-    return key.startswith(("log-", "status-"))
 
 
 @contextmanager
