@@ -31,6 +31,10 @@ PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 LEFT = "left-"
+DATA = "data"  # folder of a task's snapshots: transfer.History
+PUSHED = "push"  # the name of what its launcher has sent; those of machines are their ranks
+RECALL = "recall"  # an empty object: machines stop, and keep their data
+RESUME = "resume.json"  # with what a task can be started again; secret; gone once it is over
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
@@ -42,6 +46,11 @@ def status(rank: int) -> str:
 def place(rank: int, generation: int | None = None) -> str:
     """Name the object that holds a model.Place, or what the names of all generations begin with."""
     return f"place-{rank:03}-" + ("" if generation is None else f"{generation:04}")
+
+
+def result(rank: int) -> str:
+    """Name the object that holds a rank's model.Result."""
+    return f"result-{rank:03}.json"
 
 
 def left(rank: int) -> str:
@@ -56,7 +65,7 @@ def interruption(job: Job) -> str:
 
 def kept(key: str) -> bool:
     """Say if an object remains when its task is over: what people may still want to read."""
-    return key.startswith(("log-", "status-", "events"))
+    return key.startswith(("log-", "status-", "events", "result-", RECALL, RESUME, f"{DATA}/"))
 
 
 class Store:
@@ -147,7 +156,8 @@ class Store:
 
         try:
             with _translated(self.url):
-                obstore.delete(self._store, keys)
+                if keys:
+                    obstore.delete(self._store, keys)
         except FileNotFoundError:  # some services stop at the first that is absent
             for key in keys:
                 self.delete(key)
@@ -219,9 +229,11 @@ class Said(Store):
 class Log:
     """The log of one machine, as it is being written: a list of objects of bounded size."""
 
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store, self._rank = store, rank
-        self._number = len(store.keys(f"log-{rank:03}-"))
+    def __init__(self, store: Store, rank: int, epoch: int | None = None) -> None:
+        """Go on where others have ended; with an epoch they may go on writing, too."""
+        self._store = store
+        self._prefix = f"log-{rank:03}-" + ("" if epoch is None else f"{epoch:06}-")
+        self._number = len(store.keys(self._prefix))
         self._new: deque[bytes] = deque()  # taken by any thread, written by one
         self._text = b""
         self._dirty = False
@@ -237,7 +249,7 @@ class Log:
             self._dirty = True
         while self._dirty:
             part = self._text[:SEGMENT]
-            self._store.write(f"log-{self._rank:03}-{self._number:06}.txt", part)
+            self._store.write(f"{self._prefix}{self._number:06}.txt", part)
             self._dirty = len(part) == SEGMENT and len(self._text) > SEGMENT
             if len(part) == SEGMENT:
                 self._text = self._text[SEGMENT:]

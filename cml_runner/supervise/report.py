@@ -27,13 +27,15 @@ class Report(logging.Handler):
     A bucket that can't be reached is no reason to stop: everything is written as soon as it can.
     """
 
-    def __init__(self, bucket: store.Store, rank: int, runner: str) -> None:
+    def __init__(
+        self, bucket: store.Store, rank: int, runner: str, epoch: int | None = None
+    ) -> None:
         super().__init__()
         now = datetime.now(timezone.utc)
         self.status = Status(state="starting", at=now, since=now, runner=runner)
         self.setFormatter(Formatter("%(asctime)s %(message)s"))
         self._bucket, self._rank = bucket, rank
-        self._log = store.Log(bucket, rank)
+        self._log = store.Log(bucket, rank, epoch)
         self._news = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)

@@ -39,7 +39,14 @@ class Rules:
                 mistakes.append(f"--exclude {rule}: {error}")
         if mistakes:
             raise ConfigurationError(*mistakes)
-        self.lines = (*USUAL, *lines)
+        self.lines: tuple[str, ...] = (*USUAL, *lines)
+
+    @classmethod
+    def of(cls, lines: Sequence[str]) -> Rules:
+        """Make the same again from its lines."""
+        found = cls()
+        found.lines = tuple(lines)
+        return found
 
     def exclude(self, path: bytes, *, directory: bool) -> bool:
         """Say if a file or directory is left out."""

@@ -122,7 +122,7 @@ class Cloud:
         for resource in plan.resources[1:-1]:
             _insist(resource.delete)
         _insist(group.discard)
-        _insist(bucket.release)
+        _insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(self._session, task, site)

@@ -14,7 +14,8 @@ $CML_RUNNER_HOME (~/.cml-runner)/local/REGION/IDENTIFIER, or in ABSOLUTE-PATH/ID
                      notice.json once it is about to be taken away, `left` once it has left
                      its task, `ended` when no process of it exists any more
 
-Once all machines have left, or at the deadline, only logs, status and events stay, for a week.
+Once all machines have left, or at the deadline, only logs, status and events stay, for a week;
+of a task with data the lease and the data stay too, until it is deleted.
 Whoever asks about a task starts its keeper again, should somebody have killed it.
 """
 
@@ -149,4 +150,10 @@ def _lease(identifier: Identifier, claim: records.Claim) -> Lease:
     if not claim.launched:
         alive = processes.alive(processes.find(claim.launcher))
         expires = claim.created + (LAUNCH if alive else timedelta())
-    return Lease(id=identifier, created=claim.created, expires=expires, tags=claim.tags)
+    return Lease(
+        id=identifier,
+        created=claim.created,
+        expires=expires,
+        tags=claim.tags,
+        keeps=claim.keeps and claim.launched,
+    )

@@ -1,0 +1,309 @@
+"""Run a script on machines of a cloud, with files in and out: a task."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cml_runner import clouds, inventory, steps, store
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    NotFound,
+    RunnerError,
+)
+from cml_runner.launch import USER
+from cml_runner.model import Machine, Program, Script, Settings, Task, names
+from cml_runner.task import files
+from cml_runner.task.follow import Follow, results, statuses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from cml_runner.clouds import Plan
+    from cml_runner.inventory import Found
+    from cml_runner.task.files import Progress
+    from cml_runner.task.options import Order
+
+log = logging.getLogger(__name__)
+
+KIND = "task"  # value of the tag "kind"
+SAVING = timedelta(minutes=15)  # between the script's deadline and the cloud's
+LEAST = 60.0  # seconds that a task has left when it is started again
+STOPPING = 180.0  # seconds for machines to save their data when they are told to stop
+PAUSE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """With what a task was launched, so that it can be started again. Secret."""
+
+    machine: Machine
+    program: Program
+    settings: Settings
+    tags: dict[str, str]
+    timeout: float  # seconds that are left to it
+
+
+def run(order: Order, tell: Callable[[str], None], progress: Progress) -> Plan:
+    """Create everything, send the working directory, and start the machines.
+
+    Raises whatever hinders it, after deleting all that this call has created.
+    """
+    wanted = _resume(order)
+    plan = _plan(wanted)
+    try:
+        steps.create(plan.resources, claim=plan.bucket)
+    except AlreadyExists as error:
+        msg = f"{order.name} is there already; to be rid of it: cml-runner task destroy {order.id}"
+        raise AlreadyExists(msg) from error
+    with _undone(plan):
+        tell(f"sending {order.workdir}")
+        files.push(plan.bucket.store, order, progress)
+        plan.bucket.store.save(store.RESUME, wanted)
+        tell("starting machines")
+        plan.group.resize(order.count)
+        with suppress(NotFound):  # a script may be done by now
+            plan.group.expire(_expires(wanted))
+    return plan
+
+
+def find(text: str, cloud: str = "", region: str = "") -> Found:
+    """Find a task by its identifier or name. Raises NotFound, also for what is a runner."""
+    found = inventory.find(text, cloud, region)
+    if not _is_task(found):
+        msg = f"{text} is a runner, not a task: see cml-runner show {text}"
+        raise NotFound(msg)
+    return found
+
+
+def tasks(cloud: str = "", region: str = "") -> list[Found]:
+    """List the tasks which are there, oldest first, with those whose data nobody has destroyed."""
+    return [one for one in inventory.tasks(cloud, region) if _is_task(one)]
+
+
+def row(found: Found) -> dict[str, Any]:
+    """Describe a task in a line."""
+    tags = found.lease.tags if found.lease else {}
+    status = counts(found)
+    return {
+        "id": str(found.id),
+        "name": tags.get("name", str(found.id)),
+        "cloud": found.place.name,
+        "region": found.place.region,
+        "status": status,
+        "created": _iso(found.lease.created) if found.lease else None,
+        "expires": _iso(found.lease.expires) if found.lease else None,
+    }
+
+
+def counts(found: Found) -> dict[str, int]:
+    """Count machines per state: running, succeeded, failed, stopped, or queued until they come."""
+    bucket, count = found.bucket, parallelism(found)
+    done = results(bucket, count)
+    said = statuses(bucket, count)
+    recalled = bucket.read(store.RECALL) is not None
+    states = []
+    for rank in range(count):
+        if rank in done:
+            states.append("failed" if done[rank].code else "succeeded")
+        elif recalled:
+            states.append("stopped")
+        else:
+            states.append("running" if rank in said else "queued")
+    return {state: states.count(state) for state in dict.fromkeys(states)}
+
+
+def details(found: Found) -> dict[str, Any]:
+    """Describe all that is known of a task."""
+    bucket, count = found.bucket, parallelism(found)
+    group = found.plan.group
+    done, said = results(bucket, count), statuses(bucket, count)
+    return {
+        **row(found),
+        "parallelism": count,
+        "tags": dict(found.lease.tags) if found.lease else {},
+        "addresses": [one.address for one in group.instances() if one.address],
+        "machines": [
+            {
+                "rank": rank,
+                "state": one.state,
+                "since": _iso(one.since),
+                "heartbeat": _iso(one.at),
+                "reason": one.reason,
+                "code": done[rank].code if rank in done else None,
+                "epoch": done[rank].epoch if rank in done else None,
+            }
+            for rank, one in said.items()
+        ],
+        "events": [
+            {"at": _iso(event.at), "kind": event.kind, "message": event.message}
+            for event in group.events()
+        ],
+    }
+
+
+def parallelism(found: Found) -> int:
+    """Say how many machines it has, or had."""
+    return int(found.lease.tags.get("count", "1")) if found.lease else 1
+
+
+def follow(found: Found) -> Follow:
+    """Watch it until it is over."""
+    return Follow(found.plan, parallelism(found))
+
+
+def pull(found: Found, directory: Path | None, progress: Progress) -> tuple[Path, int]:
+    """Fetch what it has made so far; return where that is, and how many files are new."""
+    place = directory or files.home(found.bucket, str(found.id))
+    return place, files.pull(found.bucket, place, progress)
+
+
+def stop(found: Found, tell: Callable[[str], None]) -> None:
+    """Have the machines save their data, and end them; `start` has it go on."""
+    bucket = found.bucket
+    wanted = bucket.load(store.RESUME, Resume)
+    if wanted is None:
+        msg = f"{found.id} is over: there is nothing to stop"
+        raise NotFound(msg)
+    if bucket.read(store.RECALL) is None:
+        expires = wanted.settings.expires
+        left = (expires - datetime.now(timezone.utc)).total_seconds() if expires else LEAST
+        bucket.save(store.RESUME, replace(wanted, timeout=max(LEAST, left)))
+        bucket.write(store.RECALL, b"")
+    _wait_until_saved(found, tell)
+    tell("ending the machines")
+    inventory.end(found)
+
+
+def start(found: Found) -> None:
+    """Have a task go on that was stopped, with the time that was left to it."""
+    bucket = found.bucket
+    wanted = bucket.load(store.RESUME, Resume)
+    if wanted is None:
+        msg = f"{found.id} is over: run it anew"
+        raise NotFound(msg)
+    if bucket.read(store.RECALL) is None:
+        log.info("%s hasn't been stopped", found.id)
+        return
+    expires = datetime.now(timezone.utc) + timedelta(seconds=wanted.timeout)
+    wanted = replace(wanted, settings=replace(wanted.settings, expires=expires))
+    plan = _plan(wanted)
+    inventory.end(found)  # whatever a stop has left that was itself interrupted
+    steps.create(plan.resources)
+    bucket.save(store.SETTINGS, wanted.settings)
+    bucket.save(store.RESUME, wanted)
+    bucket.delete(store.RECALL)
+    plan.group.resize(len(wanted.settings.names))
+    with suppress(NotFound):
+        plan.group.expire(_expires(wanted))
+
+
+def destroy(found: Found, directory: Path | None, progress: Progress, *, fetch: bool) -> int:
+    """Fetch its results, and only then delete all that there is of it.
+
+    Raises what hinders the fetching, and then deletes nothing.
+    """
+    fetched = 0
+    if fetch:
+        with suppress(NotFound):  # it never had any data
+            _, fetched = pull(found, directory, progress)
+    steps.delete(found.plan.resources)
+    return fetched
+
+
+def _is_task(found: Found) -> bool:
+    if found.lease:
+        return found.lease.tags.get("kind") == KIND
+    with suppress(RunnerError):
+        return found.bucket.read(files.LABEL) is not None
+    return False
+
+
+def _resume(order: Order) -> Resume:
+    cloud = clouds.load(order.cloud, order.region)
+    if not cloud.remembers:
+        msg = f"--cloud {order.cloud}: tasks need a bucket, which it hasn't got"
+        raise ConfigurationError(msg)
+    content = Settings(
+        id=order.id,
+        driver="",
+        repo="",
+        names=names(order.name, order.count),
+        labels=(),
+        cloud=order.cloud,
+        region=order.region,
+        expires=order.deadline,
+        user=USER if cloud.dedicated else "",
+        script=Script(
+            content=order.script, environment=order.environment, exclude=order.rules.lines
+        ),
+    )
+    own = {"kind": KIND, "name": order.name, "count": str(order.count)}
+    return Resume(
+        machine=order.machine,
+        program=order.program,
+        settings=content,
+        tags={**order.tags, **own},
+        timeout=order.timeout,
+    )
+
+
+def _plan(wanted: Resume) -> Plan:
+    settings = wanted.settings
+    task = Task(
+        id=settings.id,
+        settings=msgspec.json.encode(settings).decode(),
+        machine=wanted.machine,
+        program=wanted.program,
+        count=len(settings.names),
+        expires=_expires(wanted),
+        tags=wanted.tags,
+        keeps=True,
+    )
+    return clouds.load(settings.cloud, settings.region).plan(task)
+
+
+def _expires(wanted: Resume) -> datetime | None:
+    """When the cloud ends it: late enough for the data to be saved after the script's deadline."""
+    return wanted.settings.expires + SAVING if wanted.settings.expires else None
+
+
+@contextmanager
+def _undone(plan: Plan) -> Iterator[None]:
+    """Leave nothing behind when it can't be started, or is given up."""
+    try:
+        yield
+    except BaseException:
+        log.warning("deleting what was created")
+        with steps.uninterrupted():
+            steps.delete(plan.resources)
+        raise
+
+
+def _wait_until_saved(found: Found, tell: Callable[[str], None]) -> None:
+    """Give machines the time that they need; those which say nothing have had enough of it."""
+    bucket, count = found.bucket, parallelism(found)
+    end = time.monotonic() + STOPPING
+    while time.monotonic() < end:
+        over = set(results(bucket, count))
+        said = statuses(bucket, count)
+        over |= {rank for rank, one in said.items() if one.state in ("stopped", "ended", "failed")}
+        with suppress(CredentialsError):
+            if len(over) >= count or not found.plan.group.instances():
+                return
+        tell(f"{len(over)} of {count} machines have saved their data")
+        time.sleep(PAUSE)
+    log.warning("not all machines have saved their data in time: what they saved before is kept")
+
+
+def _iso(at: datetime | None) -> str | None:
+    return at.astimezone(timezone.utc).isoformat(timespec="seconds") if at else None
