@@ -15,7 +15,6 @@ from cml_runner import clouds, inventory, steps, store
 from cml_runner.errors import (
     AlreadyExists,
     ConfigurationError,
-    CredentialsError,
     NotFound,
     RunnerError,
 )
@@ -290,17 +289,16 @@ def _undone(plan: Plan) -> Iterator[None]:
 
 
 def _wait_until_saved(found: Found, tell: Callable[[str], None]) -> None:
-    """Give machines the time that they need; those which say nothing have had enough of it."""
+    """Give machines the time that they need; those which haven't said anything have no data."""
     bucket, count = found.bucket, parallelism(found)
     end = time.monotonic() + STOPPING
     while time.monotonic() < end:
-        over = set(results(bucket, count))
-        said = statuses(bucket, count)
-        over |= {rank for rank, one in said.items() if one.state in ("stopped", "ended", "failed")}
-        with suppress(CredentialsError):
-            if len(over) >= count or not found.plan.group.instances():
-                return
-        tell(f"{len(over)} of {count} machines have saved their data")
+        done, said = results(bucket, count), statuses(bucket, count)
+        states = [one.state for rank, one in said.items() if rank not in done]
+        busy = [state for state in states if state not in ("stopped", "ended", "failed")]
+        if not busy or not found.plan.group.instances():
+            return
+        tell(f"{len(busy)} of {count} machines are saving their data")
         time.sleep(PAUSE)
     log.warning("not all machines have saved their data in time: what they saved before is kept")
 
