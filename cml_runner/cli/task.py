@@ -12,6 +12,7 @@ import click
 
 from cml_runner import clouds
 from cml_runner.cli import options
+from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,7 +98,11 @@ def run_(*, detach: bool, **values: Any) -> None:
         click.echo(str(order.id))
         click.echo(f"cml-runner task logs -f {where} shows what it does", err=True)
         return
-    _follow(Follow(plan, order.count), where)
+    try:
+        _follow(Follow(plan, order.count), where)
+    except RunnerError:
+        task.give_up(plan, order.count)
+        raise
 
 
 @task_.command("list", context_settings=options.SETTINGS)

@@ -75,6 +75,14 @@ def run(order: Order, tell: Callable[[str], None], progress: Progress) -> Plan:
     return plan
 
 
+def give_up(plan: Plan, count: int) -> None:
+    """Delete a task of which no machine has ever come, nor will one."""
+    if not statuses(plan.bucket.store, count):
+        log.warning("deleting the task: nothing has been done")
+        with steps.uninterrupted():
+            steps.delete(plan.resources)
+
+
 def find(text: str, cloud: str = "", region: str = "") -> Found:
     """Find a task by its identifier or name. Raises NotFound, also for what is a runner."""
     found = inventory.find(text, cloud, region)
@@ -190,7 +198,7 @@ def start(found: Found) -> None:
     if wanted is None:
         msg = f"{found.id} is over: run it anew"
         raise NotFound(msg)
-    if bucket.read(store.RECALL) is None:
+    if bucket.read(store.RECALL) is None and bucket.read(store.SETTINGS) is not None:
         log.info("%s hasn't been stopped", found.id)
         return
     expires = datetime.now(timezone.utc) + timedelta(seconds=wanted.timeout)

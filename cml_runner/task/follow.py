@@ -16,6 +16,7 @@ from cml_runner.model import Result, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import datetime
 
     from cml_runner.clouds import Plan
     from cml_runner.store import Store
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PAUSE = 0.5  # seconds between two looks at the bucket
 ASK = 5  # … and at the cloud, which counts our calls
 LAST = 15  # seconds for the last lines, once it is known how a script ended
+SILENCE = 180  # seconds after which we ask if there is still a machine that could say anything
 AT_ONCE = 16  # reads under way
 SCRIPT = re.compile(r"\d\d:\d\d:\d\d \| ?(.*)")  # what isn't the supervisor's own
 
@@ -93,6 +95,8 @@ class Follow:
     plan: Plan
     count: int
     asked: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)  # the last sign of life, by our clock …
+    last: datetime | None = None  # … and by that of its machine
     found: dict[int, Result] = field(default_factory=dict)
 
     def lines(self) -> Iterator[Line]:
@@ -140,8 +144,15 @@ class Follow:
             if len(self.found) < self.count:
                 msg = "the task is over, but not all of its scripts have ended"
                 raise NotReady(msg)
-        if not statuses(bucket, self.count):
+        said = statuses(bucket, self.count)
+        last = max((one.at for one in said.values()), default=None)
+        if last != self.last:
+            self.last, self.heard = last, time.monotonic()
+        if not said:
             self._hindrance()
+        elif time.monotonic() > self.heard + SILENCE and not self.plan.group.instances():
+            msg = "no machine is left, and none has said how its script ended"
+            raise NotReady(msg)
 
     def _hindrance(self) -> None:
         """Say why no machine comes, if the cloud says so."""

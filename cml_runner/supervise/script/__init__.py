@@ -77,7 +77,7 @@ class Supervisor:
             stop = self._live()
             self._end(stop)
         except Fenced:
-            stop = Stop(reason="another machine has taken over", then="vanish")
+            stop = Stop(reason="another machine has taken over", then="vanish", save=False)
             self._kill()
         except KeyboardInterrupt as error:
             stop = Stop(reason=f"{error} while starting", then="vanish")
@@ -221,6 +221,7 @@ class Supervisor:
 
     def _say_goodbye(self, stop: Stop) -> None:
         with steps.uninterrupted():
+            self.report.silent = not stop.save  # another machine speaks for this rank
             self.workdir.delete()
             states = {"leave": "ended", "vanish": "interrupted", "wait": "stopped"}
             failed = stop.failed or (stop.then == "leave" and stop.code)
