@@ -183,6 +183,7 @@ class Supervisor:
         """End the script, save its data, and only then say how it ended."""
         assert self.process
         assert self.data
+        self.report.silent = not stop.save  # another machine speaks for this rank
         self.report.tell(state="stopping", reason=stop.reason)
         self._give_notice(stop)
         self.process.stop(stop.grace)
@@ -221,7 +222,7 @@ class Supervisor:
 
     def _say_goodbye(self, stop: Stop) -> None:
         with steps.uninterrupted():
-            self.report.silent = not stop.save  # another machine speaks for this rank
+            self.report.silent = not stop.save
             self.workdir.delete()
             states = {"leave": "ended", "vanish": "interrupted", "wait": "stopped"}
             failed = stop.failed or (stop.then == "leave" and stop.code)
