@@ -246,6 +246,7 @@ class Script:
     content: str = field(repr=False)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     exclude: tuple[str, ...] = ()  # from snapshots: lines as in .gitignore
+    data: str = ""  # URL of the bucket with the data; empty: the task's own
 
 
 @dataclass(frozen=True, kw_only=True)

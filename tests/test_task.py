@@ -306,3 +306,27 @@ def test_no_secret_lies_around(
     kept = [path for path in home.rglob("*") if path.is_file()]
     assert [path for path in kept if b"not-a-real-t0ken" in path.read_bytes()] == []
     cli.run("task", "destroy", "quiet")
+
+
+def test_a_container_of_ones_own(cli: Cli, home: Path, workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "other").touch()
+    arguments = ("--name", "kept", "--storage-container", str(tmp_path / "mine"))
+    cli.run(*RUN, *arguments, "--", "sh", "-c", "cat input; echo made > made")
+    assert (tmp_path / "mine" / "data").is_dir()
+    assert not list(home.rglob("data/000"))
+    again = ("--name", "again", *arguments[2:])
+    assert "another task" in cli.run(*RUN, *again, "--", "true", code=5).err
+    cli.run("task", "destroy", "kept")
+    assert (workdir / "made").read_text() == "made\n"
+    assert [path.name for path in (tmp_path / "mine").rglob("*") if path.is_file()] == ["other"]
+    nothing_is_left(home)
+
+
+def test_what_is_made_elsewhere_is_not_lost(cli: Cli, home: Path, workdir: Path) -> None:
+    cli.run(*RUN, "--name", "odd", "--output", "out", "--", "sh", "-c", "echo x > otu")
+    assert "but elsewhere" in cli.run("task", "destroy", "odd", code=1).err
+    assert states(cli, "odd") == {"succeeded": 1}
+    cli.run("task", "destroy", "odd", "--no-pull")
+    assert not (workdir / "otu").exists()
+    nothing_is_left(home)

@@ -69,6 +69,14 @@ def task_() -> None:
     "like .gitignore.",
 )
 @options.option("--script", metavar="FILE", help="What to run, unless a command follows.")
+@options.option(
+    "--storage-container",
+    metavar="NAME[/PATH]",
+    help="A bucket of your own for the data, which the machines may use.  [default: ours]",
+)
+@options.option(
+    "--storage-container-opts", multiple=True, metavar="K=V", help="Its options: AWS has region."
+)
 @options.option("--name", help="Of the task; there is only one of this name.")
 @options.option("--permission-set", help="Identity of the machines.  [default: ours]")
 @options.option("--tags", multiple=True, metavar="K=V", help="Tags, labels.")

@@ -112,6 +112,12 @@ class Cloud(Protocol):
         Raises ConfigurationError with every mistake in the machine's description.
         """
 
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a bucket of the user's own, NAME/PATH, for the data of a task.
+
+        Sends nothing. Raises ConfigurationError.
+        """
+
     def tasks(self) -> list[Lease]:
         """List the tasks which exist in this region, found by their tags."""
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from cml_runner.clouds import Plan
     from cml_runner.inventory import Found
+    from cml_runner.store import Store
     from cml_runner.task.files import Progress
     from cml_runner.task.options import Order
 
@@ -59,14 +60,15 @@ def run(order: Order, tell: Callable[[str], None], progress: Progress) -> Plan:
     """
     wanted = _resume(order)
     plan = _plan(wanted)
+    data = _container(order) or plan.bucket.store
     try:
         steps.create(plan.resources, claim=plan.bucket)
     except AlreadyExists as error:
         msg = f"{order.name} is there already; to be rid of it: cml-runner task destroy {order.id}"
         raise AlreadyExists(msg) from error
-    with _undone(plan):
+    with _undone(plan, data):
         tell(f"sending {order.workdir}")
-        files.push(plan.bucket.store, order, progress)
+        files.push(plan.bucket.store, data, order, progress)
         plan.bucket.store.save(store.RESUME, wanted)
         tell("starting machines")
         plan.group.resize(order.count)
@@ -170,8 +172,9 @@ def follow(found: Found) -> Follow:
 
 def pull(found: Found, directory: Path | None, progress: Progress) -> tuple[Path, int]:
     """Fetch what it has made so far; return where that is, and how many files are new."""
-    place = directory or files.home(found.bucket, str(found.id))
-    return place, files.pull(found.bucket, place, progress)
+    label = files.label(found.bucket)
+    place = directory or files.home(label, str(found.id))
+    return place, files.pull(label, _data(found, label), place, progress)
 
 
 def stop(found: Found, tell: Callable[[str], None]) -> None:
@@ -223,8 +226,27 @@ def destroy(found: Found, directory: Path | None, progress: Progress, *, fetch: 
     if fetch:
         with suppress(NotFound):  # it never had any data
             _, fetched = pull(found, directory, progress)
+    inventory.end(found)
+    with suppress(NotFound):
+        data = _data(found, files.label(found.bucket))
+        data.remove(data.keys(f"{store.DATA}/"))
     steps.delete(found.plan.resources)
     return fetched
+
+
+def _data(found: Found, label: files.Label) -> Store:
+    """Open what holds its data."""
+    if label.container:
+        return found.place.cloud.container(label.container, label.container_options)
+    return found.bucket
+
+
+def _container(order: Order) -> Store | None:
+    """Open the bucket of the user's own for the data, if there is one."""
+    if not order.container:
+        return None
+    cloud = clouds.load(order.cloud, order.region)
+    return cloud.container(order.container, order.container_options)
 
 
 def _is_task(found: Found) -> bool:
@@ -251,7 +273,10 @@ def _resume(order: Order) -> Resume:
         expires=order.deadline,
         user=USER if cloud.dedicated else "",
         script=Script(
-            content=order.script, environment=order.environment, exclude=order.rules.lines
+            content=order.script,
+            environment=order.environment,
+            exclude=order.rules.lines,
+            data=found.url if (found := _container(order)) else "",
         ),
     )
     own = {"kind": KIND, "name": order.name, "count": str(order.count)}
@@ -285,13 +310,15 @@ def _expires(wanted: Resume) -> datetime | None:
 
 
 @contextmanager
-def _undone(plan: Plan) -> Iterator[None]:
+def _undone(plan: Plan, data: Store) -> Iterator[None]:
     """Leave nothing behind when it can't be started, or is given up."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         log.warning("deleting what was created")
         with steps.uninterrupted():
+            if not isinstance(error, AlreadyExists):  # the data there are another task's
+                data.remove(data.keys(f"{store.DATA}/"))
             steps.delete(plan.resources)
         raise
 

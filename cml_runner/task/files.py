@@ -6,12 +6,12 @@ import logging
 import os
 import socket
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_runner import store
-from cml_runner.errors import ConfigurationError, NotFound, RunnerError
+from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound, RunnerError
 from cml_runner.transfer import Entry, History, Writer, merge
 from cml_runner.transfer.manifest import DIRECTORY
 
@@ -37,11 +37,28 @@ class Label:
     output: str  # what is to be fetched, relative to the directory; empty: all that is new
     host: str  # where they come from …
     directory: str  # … and from which directory
+    container: str = ""  # where they are, if it's not in the task's own bucket
+    container_options: dict[str, str] = field(default_factory=dict)
 
 
-def push(bucket: Store, order: Order, progress: Progress) -> None:
-    """Send the working directory. Raises ConfigurationError for what can't be read."""
-    history = History(bucket, store.DATA, store.PUSHED, socket.gethostname())
+def push(bucket: Store, data: Store, order: Order, progress: Progress) -> None:
+    """Send the working directory.
+
+    Raises ConfigurationError for what can't be read, AlreadyExists if others' data are there.
+    """
+    if data is not bucket and data.keys(f"{store.DATA}/"):
+        msg = f"--storage-container {order.container} holds the data of another task: destroy that"
+        raise AlreadyExists(msg)
+    label = Label(
+        count=order.count,
+        output=order.output,
+        host=socket.gethostname(),
+        directory=str(order.workdir),
+        container=order.container,
+        container_options=dict(order.container_options),
+    )
+    bucket.save(LABEL, label)
+    history = History(data, store.DATA, store.PUSHED, socket.gethostname())
     history.take()
     outcome = Writer(history, order.workdir, order.rules).snapshot(progress)
     if outcome.left_out:
@@ -49,25 +66,26 @@ def push(bucket: Store, order: Order, progress: Progress) -> None:
         raise ConfigurationError(*listed)
     if not outcome.steady:
         log.warning("%s changes all the time: it may not have been sent as a whole", order.workdir)
-    label = Label(
-        count=order.count,
-        output=order.output,
-        host=socket.gethostname(),
-        directory=str(order.workdir),
-    )
-    bucket.save(LABEL, label)
 
 
-def home(bucket: Store, name: str) -> Path:
+def label(bucket: Store) -> Label:
+    """Read it. Raises NotFound."""
+    found = bucket.load(LABEL, Label)
+    if found is None:
+        msg = "this task has no data"
+        raise NotFound(msg)
+    return found
+
+
+def home(label: Label, name: str) -> Path:
     """Say where results belong: where the data came from, or in a directory of their own."""
-    label = _label(bucket)
     origin = Path(label.directory)
     if label.host == socket.gethostname() and origin.is_dir():
         return origin
     return Path(name)
 
 
-def pull(bucket: Store, directory: Path, progress: Progress) -> int:
+def pull(label: Label, data: Store, directory: Path, progress: Progress) -> int:
     """Fetch what the machines have made so far; return how many files are new here.
 
     Of several machines the results are put together, or apart if two have made the same file:
@@ -75,21 +93,25 @@ def pull(bucket: Store, directory: Path, progress: Progress) -> int:
     """
     for _ in range(TRIES):
         try:
-            return _pull(bucket, directory, progress)
+            return _pull(label, data, directory, progress)
         except FileNotFoundError:
             log.info("there is something newer: trying again")
     msg = "the data change faster than they can be fetched: stop the task first"
     raise RunnerError(msg)
 
 
-def _pull(bucket: Store, directory: Path, progress: Progress) -> int:
-    label = _label(bucket)
-    sent = {entry.path: entry for entry in _latest(History(bucket, store.DATA, store.PUSHED))}
+def _pull(label: Label, data: Store, directory: Path, progress: Progress) -> int:
+    sent = {entry.path: entry for entry in _latest(History(data, store.DATA, store.PUSHED))}
     results: dict[int, tuple[History, list[Entry]]] = {}
+    elsewhere = False
     for rank in range(label.count):
-        history = History(bucket, store.DATA, f"{rank:03}")
+        history = History(data, store.DATA, f"{rank:03}")
         made = [entry for entry in _latest(history) if _new(entry, sent.get(entry.path))]
         results[rank] = history, _within(made, label.output)
+        elsewhere = elsewhere or bool(made)
+    if elsewhere and not any(entries for _, entries in results.values()):
+        msg = f"the script has made nothing in {label.output}, but elsewhere: nothing is fetched"
+        raise RunnerError(msg)
     apart = _clash(entries for _, entries in results.values())
     fetched = 0
     for rank, (history, entries) in results.items():
@@ -100,14 +122,6 @@ def _pull(bucket: Store, directory: Path, progress: Progress) -> int:
             found = merge(history, entries, directory, progress)
         fetched += sum(1 for entry in found if entry.kind != DIRECTORY)
     return fetched
-
-
-def _label(bucket: Store) -> Label:
-    label = bucket.load(LABEL, Label)
-    if label is None:
-        msg = "this task has no data"
-        raise NotFound(msg)
-    return label
 
 
 def _latest(history: History) -> list[Entry]:

@@ -23,13 +23,14 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from typing import TypeVar
 
     T = TypeVar("T")
 
 FILE, SECTION = "task.toml", "pyproject.toml"
-STORAGE = ("workdir", "output", "exclude")  # what terraform-provider-iterative has in a block
+# What terraform-provider-iterative has in a block.
+STORAGE = ("workdir", "output", "exclude", "container", "container_opts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Options:
     output: str = ""
     exclude: tuple[str, ...] = ()
     script: str = ""
+    storage_container: str = ""
+    storage_container_opts: tuple[str, ...] = ()
     name: str = ""
     permission_set: str = ""
     tags: tuple[str, ...] = ()
@@ -58,6 +61,7 @@ class Options:
     command: tuple[str, ...] = ()
 
 
+LISTS = ("environment", "exclude", "storage_container_opts", "tags")
 DEFAULTS = Options(
     region="us-west", machine="m", image="", spot="-1", parallelism="1", timeout="24 h", workdir="."
 )
@@ -80,6 +84,8 @@ class Order:
     workdir: Path
     output: str  # relative to workdir; empty: whatever is new
     rules: Rules
+    container: str  # of the user's own, for the data; empty: the task's bucket
+    container_options: Mapping[str, str]
     tags: Mapping[str, str]
 
     @property
@@ -125,7 +131,8 @@ def _from_file(name: str, found: Mapping[str, Any]) -> Options:
     mistakes = []
     if isinstance(storage, dict):
         mistakes += [f"{name}: storage.{key} is unknown" for key in storage if key not in STORAGE]
-        flat |= {key: value for key, value in storage.items() if key in STORAGE}
+        own = {key: key.replace("container", "storage_container") for key in STORAGE}
+        flat |= {own[key]: value for key, value in storage.items() if key in STORAGE}
     known = {one.name for one in fields(Options)} - {"command"}
     mistakes += [f"{name}: {key} is unknown" for key in flat if key not in known]
     if mistakes:
@@ -139,7 +146,7 @@ def _word(key: str, value: Any) -> str | tuple[str, ...]:
         return tuple(f"{name}={text}" if text != "" else name for name, text in value.items())
     if isinstance(value, list):
         return tuple(map(str, value))
-    return (str(value),) if key in ("environment", "exclude", "tags") else str(value)
+    return (str(value),) if key in LISTS else str(value)
 
 
 class _Reader:
@@ -163,7 +170,8 @@ class _Reader:
         environment = self._environment()
         output = self.take("--output", lambda: _inside(options.output), "")
         rules = self.take("--exclude", lambda: Rules(options.exclude), Rules())
-        tags = self._tags()
+        tags = self._pairs("--tags", options.tags)
+        opts = self._pairs("--storage-container-opts", options.storage_container_opts)
         if options.machine_uv and "#sha256=" not in options.machine_uv:
             self.mistakes.append("--machine-uv: write URL#sha256=HEX")
         if self.mistakes:
@@ -183,6 +191,8 @@ class _Reader:
             workdir=workdir,
             output=output,
             rules=rules,
+            container=_address(options.storage_container, identifier),
+            container_options=opts,
             tags=tags,
         )
 
@@ -248,18 +258,23 @@ class _Reader:
                 found |= {key: here[key] for key in here if fnmatchcase(key, name)}
         return found
 
-    def _tags(self) -> dict[str, str]:
+    def _pairs(self, flag: str, texts: Sequence[str]) -> dict[str, str]:
         found = {}
-        for one in self.options.tags:
+        for one in texts:
             key, equals, value = one.partition("=")
             if not key or not equals:
-                self.mistakes.append(f"--tags {one}: write KEY=VALUE")
+                self.mistakes.append(f"{flag} {one}: write KEY=VALUE")
             found[key] = value
         return found
 
 
 def _identifier(name: str, workdir: Path) -> Identifier:
     return Identifier.fixed(name, seed=f"task\n{name}") if name else Identifier.new(workdir.name)
+
+
+def _address(container: str, identifier: Identifier) -> str:
+    """Take NAME/PATH; the path is the task's own if none is given, and empty after a slash."""
+    return f"{container}/{identifier.short}" if container and "/" not in container else container
 
 
 def _lifetime(text: str) -> float:

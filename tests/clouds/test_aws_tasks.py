@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cml_runner import store
+from cml_runner.bootstrap import INTERRUPTED
 from cml_runner.model import Identifier, Settings, Task
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def data(rig: AwsRig, identifier: str) -> list[str]:
     return [key for key in rig.aws.objects() if key.startswith(f"tasks/{identifier}/data/")]
 
 
-def be_the_machine(rig: AwsRig, identifier: str, directory: Path) -> str:
+def be_the_machine(rig: AwsRig, identifier: str, directory: Path, code: int = 0) -> str:
     """Run the supervisor here, with a machine's rights; return what it said."""
     (instance,) = [name for name, life in rig.aws.instances.lives.items() if not life.ended]
     bucket = rig.cloud.plan(Task(id=Identifier.parse(identifier))).bucket.store
@@ -66,7 +67,7 @@ def be_the_machine(rig: AwsRig, identifier: str, directory: Path) -> str:
         done = subprocess.run(
             command, cwd=directory, capture_output=True, text=True, timeout=60, check=False
         )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stderr
 
 
@@ -146,4 +147,30 @@ def test_a_launcher_that_died_leaves_nothing_to_gc(
     assert process.returncode != 0
     cli.run("gc", *PLACE, "--older-than", "0.001", environment=environment)
     assert aws_rig.aws.left() == []
+    assert aws_rig.aws.objects() == {}
+
+
+def test_a_bucket_of_ones_own(aws_rig: AwsRig, cli: Cli, workdir: Path, tmp_path: Path) -> None:
+    """Who launches and the machines may use it, in another region than theirs."""
+    import boto3
+
+    assert workdir
+    admin = aws_rig.aws.environment()
+    s3 = boto3.Session(region_name="eu-west-1").client("s3")
+    s3.create_bucket(Bucket="mine", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+
+    def keys() -> list[str]:
+        found = s3.list_objects_v2(Bucket="mine").get("Contents", [])
+        return [one["Key"] for one in found]
+
+    more = ("--storage-container", "mine/a b", "--storage-container-opts", "region=eu-west-1")
+    done = cli.run(*RUN, *more, "--", "sh", "-c", "echo made > made", environment=admin)
+    identifier = done.out.strip()
+    assert keys()
+    assert all(key.startswith("a b/data/push/") for key in keys())
+    assert data(aws_rig, identifier) == [f"tasks/{identifier}/data/task.json"]
+    refused = be_the_machine(aws_rig, identifier, tmp_path / "machine", code=INTERRUPTED)
+    assert "no access to s3://mine" in refused
+    cli.run("task", "destroy", identifier, *PLACE, environment=admin)
+    assert keys() == []
     assert aws_rig.aws.objects() == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -126,6 +127,25 @@ def test_a_signal_saves_the_data(bucket: store.Store, start: Start, tmp_path: Pa
     status = bucket.load(store.status(0), Status)
     assert status
     assert status.state == "interrupted"
+
+
+def test_data_that_can_not_be_reached(bucket: store.Store, start: Start) -> None:
+    """It doesn't go on for ever with one machine after the other."""
+    settings = bucket.load(store.SETTINGS, Settings)
+    assert settings
+    assert settings.script
+    nowhere = replace(settings.script, data="file:///nowhere/at/all")
+    bucket.save(store.SETTINGS, replace(settings, script=nowhere))
+    codes = []
+    for name in ("one", "two"):
+        process = start(name)
+        process.communicate(timeout=40)
+        codes.append(process.returncode)
+    assert codes == [bootstrap.INTERRUPTED, 0]
+    result = bucket.load(store.result(0), Result)
+    assert result
+    assert result.code
+    assert "nowhere" in bucket.log(0)
 
 
 def test_data_that_are_gone(bucket: store.Store, start: Start) -> None:

@@ -100,6 +100,8 @@ A = "b"
 workdir = "sub"
 output = "out"
 exclude = ["a", "b"]
+container = "mine"
+container_opts = {region = "eu-west-1"}
 [tags]
 team = "ml"
 """
@@ -119,6 +121,8 @@ def test_a_file(tmp_path: Path, name: str) -> None:
     assert (found.workdir, found.output) == (tmp_path / "sub", "out")
     assert found.rules.exclude(b"b", directory=False)
     assert found.tags == {"team": "ml"}
+    assert found.container == f"mine/{found.id.short}"
+    assert found.container_options == {"region": "eu-west-1"}
     assert found.script.strip().endswith("true")
 
 

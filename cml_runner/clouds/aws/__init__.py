@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds
 from cml_runner.clouds.aws import account, catalogue, machine
@@ -38,6 +39,7 @@ from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
 from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Task
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TAG_KEY = re.compile(r"(?!aws:|_index$|\.{1,2}$)[A-Za-z0-9+\-=.,_:@]{1,128}")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 AT_ONCE = 16  # objects read
 PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
 
@@ -64,6 +67,18 @@ class Cloud:
         """Name a task's resources; what must be known of account and region is asked later."""
         alone = task == Task(id=task.id)  # which will do for all but creation
         return self._plan(task, None if alone else self._site(task))
+
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a bucket in this region or another one; machines need an identity that may use it.
+
+        What is sent there isn't ours to guess: its owner is whoever has the name.
+        """
+        name, _, path = address.partition("/")
+        region = options.get("region", self.region)
+        if not BUCKET.fullmatch(name) or set(options) - {"region"}:
+            msg = f"--storage-container {address}: NAME/PATH of a bucket; its only option is region"
+            raise ConfigurationError(msg)
+        return Store(f"s3://{name}/{quote(path)}?region={region}", self._session.credentials)
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""

@@ -36,6 +36,7 @@ from cml_runner.clouds.local.processes import VARIABLE
 from cml_runner.clouds.local.resources import Bucket, Group
 from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Lease, Notice
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,6 +73,14 @@ class Cloud:
         return clouds.Plan(
             resources=(bucket, group), group=group, bucket=bucket, arch=arch, price=0.0
         )
+
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a directory, which must be there; no option makes sense."""
+        path = Path(address)
+        if not path.is_absolute() or not path.is_dir() or options:
+            msg = f"--storage-container {address}: on the local cloud, a directory that is there"
+            raise ConfigurationError(msg)
+        return Store(path.as_uri())
 
     def tasks(self) -> list[Lease]:
         """List the tasks of this region.

@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from cml_runner.supervise.workdir import Workdir
 from cml_runner.transfer import Fenced, History
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from cml_runner.clouds import Cloud
@@ -48,12 +49,14 @@ class Supervisor:
         self.settings, self.bucket, self.cloud, self.rank = settings, bucket, cloud, rank
         self.script = settings.script
         self.name = settings.names[rank]
-        self.history = History(bucket, store.DATA, f"{rank:03}", cloud.machine())
+        data = store.Store(self.script.data) if self.script.data else bucket
+        self.history = History(data, store.DATA, f"{rank:03}", cloud.machine())
         self.events: queue.Queue[Event] = queue.Queue()
         self.process: Process | None = None
         self.account: Account | None = None
         self.workdir = Workdir(settings, self.name)
         self.data: Data | None = None
+        self.failure: RunnerError | None = None
 
     def run(self) -> Stop:
         """Live, and say why no more; what fails here is told to whoever asks for the task."""
@@ -62,7 +65,8 @@ class Supervisor:
             self._leave()
             return stop
         before = self._before()
-        self.history.take()
+        with self._noted():
+            self.history.take()
         self.report = Report(self.bucket, self.rank, self.name, self.history.epoch)
         with self.report, signals.handled(signals.ENDING, self._signalled):
             logs.hide(*_secrets(self.script.environment))
@@ -94,7 +98,17 @@ class Supervisor:
         self._say_goodbye(stop)
         return stop
 
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Fail later, when there is a log."""
+        try:
+            yield
+        except RunnerError as error:
+            self.failure = error
+
     def _live(self) -> Stop:
+        if self.failure:
+            raise self.failure
         self._become_two()
         self.workdir.create()
         log.info("machine %d of %s", self.history.epoch, self.name)
