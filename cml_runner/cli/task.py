@@ -120,8 +120,9 @@ def list_(cloud: str, cloud_region: str, output: str) -> None:
     """List tasks: those that run, and those whose data are still there."""
     from cml_runner import task
     from cml_runner.cli import tasks as printing
+    from cml_runner.task import view
 
-    rows = [task.row(found) for found in task.tasks(cloud, cloud_region)]
+    rows = [view.row(found) for found in task.tasks(cloud, cloud_region)]
     if output == "json":
         options.echo_json(rows)
     elif rows:
@@ -138,8 +139,9 @@ def show_(identifier: str, cloud: str, cloud_region: str, output: str) -> None:
     """Show all that is known of a task: status, addresses, machines, events."""
     from cml_runner import task
     from cml_runner.cli import tasks as printing
+    from cml_runner.task import view
 
-    details = task.details(task.find(identifier, cloud, cloud_region))
+    details = view.details(task.find(identifier, cloud, cloud_region))
     if output == "json":
         options.echo_json(details)
     else:
@@ -157,10 +159,11 @@ def logs_(identifier: str, cloud: str, cloud_region: str, output: str, *, follow
     With --follow, the exit code is that of the script.
     """
     from cml_runner import task
+    from cml_runner.task import view
     from cml_runner.task.follow import Tail
 
     found = task.find(identifier, cloud, cloud_region)
-    count = task.parallelism(found)
+    count = view.parallelism(found)
     if follow:
         _follow(task.follow(found), _where(found))
     for rank in range(count):

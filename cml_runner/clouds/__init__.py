@@ -101,6 +101,7 @@ class Cloud(Protocol):
 
     dedicated: ClassVar[bool]  # each machine is a system of its own in which nothing else runs
     remembers: ClassVar[bool]  # what a machine writes into the bucket, the next one can read
+    keeps: ClassVar[bool]  # tasks with data can be had: Task.keeps, and container()
     metadata_service: ClassVar[bool]  # a machine's identity can be had over its network
 
     def __init__(self, region: str) -> None:
@@ -152,7 +153,8 @@ class Cloud(Protocol):
         """End this machine's part of the task, on the machine; the last thing that it does.
 
         Other machines of the group are not touched; the last one takes everything with it that
-        costs money or is secret. Only logs and status stay, in the bucket. A cloud which knows
+        costs money or is secret. Only logs and status stay, in the bucket; of a task that keeps
+        them its data and its lease, too, without a deadline from now on. A cloud which knows
         by itself who is the last one doesn't need to be told.
         """
 

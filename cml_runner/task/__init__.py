@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,6 +22,7 @@ from cml_runner.launch import USER
 from cml_runner.model import Machine, Program, Script, Settings, Task, names
 from cml_runner.task import files
 from cml_runner.task.follow import Follow, results, statuses
+from cml_runner.task.view import parallelism
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,72 +98,6 @@ def find(text: str, cloud: str = "", region: str = "") -> Found:
 def tasks(cloud: str = "", region: str = "") -> list[Found]:
     """List the tasks which are there, oldest first, with those whose data nobody has destroyed."""
     return [one for one in inventory.tasks(cloud, region) if _is_task(one)]
-
-
-def row(found: Found) -> dict[str, Any]:
-    """Describe a task in a line."""
-    tags = found.lease.tags if found.lease else {}
-    status = counts(found)
-    return {
-        "id": str(found.id),
-        "name": tags.get("name", str(found.id)),
-        "cloud": found.place.name,
-        "region": found.place.region,
-        "status": status,
-        "created": _iso(found.lease.created) if found.lease else None,
-        "expires": _iso(found.lease.expires) if found.lease else None,
-    }
-
-
-def counts(found: Found) -> dict[str, int]:
-    """Count machines per state: running, succeeded, failed, stopped, or queued until they come."""
-    bucket, count = found.bucket, parallelism(found)
-    done = results(bucket, count)
-    said = statuses(bucket, count)
-    recalled = bucket.read(store.RECALL) is not None
-    states = []
-    for rank in range(count):
-        if rank in done:
-            states.append("failed" if done[rank].code else "succeeded")
-        elif recalled:
-            states.append("stopped")
-        else:
-            states.append("running" if rank in said else "queued")
-    return {state: states.count(state) for state in dict.fromkeys(states)}
-
-
-def details(found: Found) -> dict[str, Any]:
-    """Describe all that is known of a task."""
-    bucket, count = found.bucket, parallelism(found)
-    group = found.plan.group
-    done, said = results(bucket, count), statuses(bucket, count)
-    return {
-        **row(found),
-        "parallelism": count,
-        "tags": dict(found.lease.tags) if found.lease else {},
-        "addresses": [one.address for one in group.instances() if one.address],
-        "machines": [
-            {
-                "rank": rank,
-                "state": one.state,
-                "since": _iso(one.since),
-                "heartbeat": _iso(one.at),
-                "reason": one.reason,
-                "code": done[rank].code if rank in done else None,
-                "epoch": done[rank].epoch if rank in done else None,
-            }
-            for rank, one in said.items()
-        ],
-        "events": [
-            {"at": _iso(event.at), "kind": event.kind, "message": event.message}
-            for event in group.events()
-        ],
-    }
-
-
-def parallelism(found: Found) -> int:
-    """Say how many machines it has, or had."""
-    return int(found.lease.tags.get("count", "1")) if found.lease else 1
 
 
 def follow(found: Found) -> Follow:
@@ -259,8 +194,8 @@ def _is_task(found: Found) -> bool:
 
 def _resume(order: Order) -> Resume:
     cloud = clouds.load(order.cloud, order.region)
-    if not cloud.remembers:
-        msg = f"--cloud {order.cloud}: tasks need a bucket, which it hasn't got"
+    if not cloud.keeps:
+        msg = f"--cloud {order.cloud}: tasks can't be had there"
         raise ConfigurationError(msg)
     content = Settings(
         id=order.id,
@@ -336,7 +271,3 @@ def _wait_until_saved(found: Found, tell: Callable[[str], None]) -> None:
         tell(f"{len(busy)} of {count} machines are saving their data")
         time.sleep(PAUSE)
     log.warning("not all machines have saved their data in time: what they saved before is kept")
-
-
-def _iso(at: datetime | None) -> str | None:
-    return at.astimezone(timezone.utc).isoformat(timespec="seconds") if at else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
@@ -15,22 +14,14 @@ from cml_runner import __version__, clouds, times
 from cml_runner.errors import ConfigurationError
 from cml_runner.launch.options import requirement
 from cml_runner.model import Identifier, Machine, Program
+from cml_runner.task import defaults
 from cml_runner.transfer import Rules
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import TypeVar
 
     T = TypeVar("T")
-
-FILE, SECTION = "task.toml", "pyproject.toml"
-# What terraform-provider-iterative has in a block.
-STORAGE = ("workdir", "output", "exclude", "container", "container_opts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +52,6 @@ class Options:
     command: tuple[str, ...] = ()
 
 
-LISTS = ("environment", "exclude", "storage_container_opts", "tags")
 DEFAULTS = Options(
     region="us-west", machine="m", image="", spot="-1", parallelism="1", timeout="24 h", workdir="."
 )
@@ -99,54 +89,13 @@ def read(options: Options, environment: Mapping[str, str], directory: Path) -> O
 
     Raises ConfigurationError with every mistake.
     """
-    given = replace(_defaults(directory), **_given(options))
+    known = {one.name for one in fields(Options)} - {"command"}
+    given = replace(Options(**defaults.read(directory, known)), **_given(options))
     return _Reader(replace(DEFAULTS, **_given(given)), environment, directory).order()
 
 
 def _given(options: Options) -> dict[str, Any]:
     return {key: value for key, value in vars(options).items() if value}
-
-
-def _defaults(directory: Path) -> Options:
-    """Read task.toml, else the section in pyproject.toml."""
-    for name in (FILE, SECTION):
-        if not (directory / name).is_file():
-            continue
-        try:
-            found = tomllib.loads((directory / name).read_text())
-        except (OSError, ValueError) as error:
-            msg = f"{name}: {error}"
-            raise ConfigurationError(msg) from error
-        if name == SECTION:
-            found = found.get("tool", {}).get("cml-runner", {}).get("task", {})
-        if found:
-            return _from_file(name, found)
-    return Options()
-
-
-def _from_file(name: str, found: Mapping[str, Any]) -> Options:
-    """Take keys as flags have them, or as terraform-provider-iterative does."""
-    flat = {key.replace("-", "_"): value for key, value in found.items()}
-    storage = flat.pop("storage", {})
-    mistakes = []
-    if isinstance(storage, dict):
-        mistakes += [f"{name}: storage.{key} is unknown" for key in storage if key not in STORAGE]
-        own = {key: key.replace("container", "storage_container") for key in STORAGE}
-        flat |= {own[key]: value for key, value in storage.items() if key in STORAGE}
-    known = {one.name for one in fields(Options)} - {"command"}
-    mistakes += [f"{name}: {key} is unknown" for key in flat if key not in known]
-    if mistakes:
-        raise ConfigurationError(*mistakes)
-    words: dict[str, Any] = {key: _word(key, value) for key, value in flat.items()}
-    return Options(**words)
-
-
-def _word(key: str, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, dict):
-        return tuple(f"{name}={text}" if text != "" else name for name, text in value.items())
-    if isinstance(value, list):
-        return tuple(map(str, value))
-    return (str(value),) if key in LISTS else str(value)
 
 
 class _Reader:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,18 +13,18 @@ from typing import TYPE_CHECKING
 from cml_runner.transfer.manifest import DIRECTORY, FILE, LINK, Blob, Entry, Manifest, Piece
 from cml_runner.transfer.rules import Rules
 from cml_runner.transfer.tree import Changing, Found, content, steady, walk
+from cml_runner.transfer.upload import CHUNK, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
     from cml_runner.transfer.history import History
+    from cml_runner.transfer.upload import Progress
 
-    Progress = Callable[[int, int], None]  # bytes that are done, of how many
 
-CHUNK = 4 << 20  # bytes of a blob at most
 SMALL = 1 << 20  # bytes; smaller files share blobs
-AT_ONCE = 6  # blobs under way: with their size, what decides how much memory is needed
 ROUNDS = 5  # looks at a directory that changes all the time
 GRACE = 3600  # seconds that a blob stays after the last snapshot which needs it
 SCRAPS = 64  # blobs that hold but a few small files, before they are put together
@@ -265,59 +262,6 @@ class Writer:
         for record in records if worn else ():
             if record.entry.size < SMALL and any(one.blob in worn for one in record.entry.pieces):
                 record.stamp = None
-
-
-class Upload:
-    """Content on its way into the bucket, so much at a time that it doesn't take much memory."""
-
-    def __init__(
-        self, history: History, known: dict[str, Blob], total: int, progress: Progress
-    ) -> None:
-        self._history, self._known, self._total, self._progress = history, known, total, progress
-        self._done = 0
-        self._lock = threading.Lock()
-        self._room = threading.Semaphore(AT_ONCE)
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload")
-        self._files = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="file")
-
-    def __enter__(self) -> Upload:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.shutdown(cancel_futures=True)
-        self._pool.shutdown(cancel_futures=True)
-
-    def file(self, work: Callable[..., None], *arguments: object) -> Future[None]:
-        """Do some work on a file, at the same time as on others."""
-        return self._files.submit(work, *arguments)
-
-    def send(self, content: bytes) -> Future[Blob]:
-        """Send some content, as soon as there is room for it."""
-        self._room.acquire()
-        future = self._pool.submit(self._put, content)
-        future.add_done_callback(lambda _: self._room.release())
-        return future
-
-    def pieces(self, number: int, size: int) -> tuple[Piece, ...]:
-        """Send an open file, piece by piece. Raises Changing."""
-
-        def put(start: int) -> Piece:
-            length = min(CHUNK, size - start)
-            return Piece(self._put(content(number, length, start)), 0, length)
-
-        futures = [self._pool.submit(put, start) for start in range(0, size, CHUNK)]
-        wait(futures)  # before the file is closed
-        return tuple(future.result() for future in futures)
-
-    def _put(self, content: bytes) -> Blob:
-        digest = hashlib.sha256(content).hexdigest()
-        blob = self._known.get(digest)
-        if blob is None:
-            blob = self._known[digest] = self._history.put(content, digest)
-        with self._lock:
-            self._done += len(content)
-            self._progress(self._done, self._total)
-        return blob
 
 
 def _differ(one: Entry, other: Entry) -> bool:

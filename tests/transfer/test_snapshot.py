@@ -10,7 +10,8 @@ import pytest
 
 from cml_runner.errors import RunnerError
 from cml_runner.transfer import Fenced, History, Writer, restore
-from cml_runner.transfer.snapshot import CHUNK, GRACE, SCRAPS, SMALL
+from cml_runner.transfer.snapshot import GRACE, SCRAPS, SMALL
+from cml_runner.transfer.upload import CHUNK
 from tests.transfer.conftest import begin, listing, reader
 
 if TYPE_CHECKING:

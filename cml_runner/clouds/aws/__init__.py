@@ -57,7 +57,7 @@ PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last on
 class Cloud:
     """One account, that of the credentials which the SDK finds, in one region."""
 
-    dedicated = remembers = metadata_service = True
+    dedicated = remembers = keeps = metadata_service = True
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)

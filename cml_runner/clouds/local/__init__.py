@@ -50,7 +50,7 @@ class Cloud:
     """The computer that we are on. A region is a directory, and all sizes are the same."""
 
     dedicated = metadata_service = False
-    remembers = True
+    remembers = keeps = True
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from cml_runner import logs, signals, steps, store
 from cml_runner.errors import RunnerError
-from cml_runner.model import Command, Exited, Recalled, Result, Signalled, Status, Tick
+from cml_runner.model import Recalled, Result, Signalled, Status, Tick
 from cml_runner.supervise import machine, places, user
 from cml_runner.supervise.process import SECRET, Process
 from cml_runner.supervise.report import Report
+from cml_runner.supervise.script import shell
 from cml_runner.supervise.script.data import Data
 from cml_runner.supervise.script.rules import HASTE, Stop, step
 from cml_runner.supervise.workdir import Workdir
@@ -25,7 +26,6 @@ from cml_runner.transfer import Fenced, History
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from cml_runner.clouds import Cloud
     from cml_runner.model import Event, Settings
@@ -38,7 +38,6 @@ ASK = 3  # seconds between two looks at whether it is to stop
 PATIENCE = 600  # seconds to save the data when nobody takes the machine away …
 HURRY = 2  # … and what is left for a last word when somebody does
 WAIT = 600  # seconds in which a stopped machine is ended by who stopped it
-NOTICE = "notice"  # the file that says until when the script has time
 
 
 class Supervisor:
@@ -116,9 +115,8 @@ class Supervisor:
         place = self.workdir.path
         self.data = Data(self.history, place / "data", self.script.exclude)
         self.data.restore(self.account)
-        (place / "script").mkdir(exist_ok=True)
-        command = self._command(place)
-        self.process = Process(Shell(), command, (), self.events, self.account)
+        command = shell.command(self.settings, self.rank, self.history.epoch, place)
+        self.process = Process(shell.Shell(), command, (), self.events, self.account)
         self.report.tell(state="busy")
         machine.poll(self.cloud.notice, self.events)
         self._listen()
@@ -136,37 +134,6 @@ class Supervisor:
                 metadata=self.cloud.metadata_service,
             )
             self.workdir = Workdir(settings, self.name, self.account)
-
-    def _command(self, place: Path) -> Command:
-        """Write the script down, and say how to start it among its data."""
-        path = place / "script" / "run"
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o700), "w") as file:
-            file.write(self.script.content)
-        program = () if self.script.content.startswith("#!") else ("/bin/sh",)
-        enter = ("/bin/sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", str(place / "data"))
-        return Command(
-            arguments=(*enter, *program, str(path)),
-            environment=self._environment(place),
-            directory=path.parent,
-        )
-
-    def _environment(self, place: Path) -> dict[str, str]:
-        settings = self.settings
-        expires = str(int(settings.expires.timestamp())) if settings.expires else ""
-        return {
-            **self.script.environment,
-            "CI": "true",
-            "TPI_TASK": "true",
-            "TPI_TASK_CLOUD_PROVIDER": settings.cloud,
-            "TPI_TASK_CLOUD_REGION": settings.region,
-            "TPI_TASK_IDENTIFIER": str(settings.id),
-            "CML_RANK": str(self.rank),
-            "CML_WORLD_SIZE": str(len(settings.names)),
-            "CML_EPOCH": str(self.history.epoch),
-            "CML_DEADLINE": expires,
-            "CML_NOTICE": str(place / NOTICE),
-        }
 
     def _listen(self) -> None:
         """Notice when somebody wants the task to stop, in a thread of its own."""
@@ -211,7 +178,7 @@ class Supervisor:
         """Tell the script how much time it has, before it is asked to end."""
         if stop.grace:
             until = time.time() + stop.grace
-            path = self.workdir.path / NOTICE
+            path = self.workdir.path / shell.NOTICE
             new = path.with_suffix(".new")
             with suppress(OSError):
                 new.write_text(f"{until:.0f}\n")
@@ -277,27 +244,6 @@ class Supervisor:
         if not self.process:
             raise KeyboardInterrupt(name)
         self.events.put(Signalled(name=name))
-
-
-class Shell:
-    """A script as a program: all its lines are its own business, and so is its end."""
-
-    def parse(self, line: str) -> None:
-        """Understand nothing."""
-
-    def exited(self, code: int) -> Exited:
-        """It is done."""
-        return Exited(code=code)
-
-    def abort(self, pid: int) -> None:
-        """It has no jobs."""
-
-    def drain(self, pid: int) -> None:
-        """It has no jobs."""
-
-    def stop(self, pid: int) -> None:
-        """Ask it, and all that it has started, to end."""
-        os.killpg(pid, signal.SIGTERM)
 
 
 def _patience(stop: Stop) -> float:
