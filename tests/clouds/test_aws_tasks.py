@@ -174,3 +174,12 @@ def test_a_bucket_of_ones_own(aws_rig: AwsRig, cli: Cli, workdir: Path, tmp_path
     cli.run("task", "destroy", identifier, *PLACE, environment=admin)
     assert keys() == []
     assert aws_rig.aws.objects() == {}
+
+
+def test_a_task_does_not_outlive_what_the_bucket_keeps(
+    aws_rig: AwsRig, cli: Cli, environment: Mapping[str, str], workdir: Path
+) -> None:
+    assert workdir
+    err = cli.run(*RUN, "--timeout", "29 days", "--", "true", environment=environment, code=2).err
+    assert "--timeout: less than 28 days" in err
+    assert aws_rig.aws.objects() == {}

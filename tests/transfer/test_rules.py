@@ -25,6 +25,7 @@ def excluded(rules: tuple[str, ...], path: str) -> bool:
     ("rules", "out", "kept"),
     [
         ((), ("main.tf", "terraform.tfstate.backup", ".terraform/x"), ("a", "sub/main.tf")),
+        ((), (".cml-runner/local/x", ".cml-runner-part-1/x"), (".cml-runner.toml",)),
         (("data",), ("data", "data/x/y"), ("sub/data", "data2")),
         (("./data/*.csv",), ("data/a.csv",), ("data/sub/a.csv", "a.csv")),
         (("*.tmp",), ("a.tmp",), ("sub/a.tmp",)),

@@ -19,6 +19,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -180,6 +181,11 @@ def _mistakes(task: Task) -> list[str]:
     for key in task.tags:
         if not TAG_KEY.fullmatch(key):
             found.append(f"--cloud-metadata {key}: keys are letters, digits and + - = . , _ : @")
+    longest = datetime.now(timezone.utc) + timedelta(days=account.KEPT - 2)
+    if task.keeps and task.expires and task.expires > longest:
+        found.append(
+            f"--timeout: less than {account.KEPT - 2} days, as our bucket forgets all then"
+        )
     if task.machine.ssh_key:
         try:
             public_key(task.machine.ssh_key)
