@@ -125,12 +125,14 @@ class Store:
             return bytes(obstore.get(self._store, key).bytes())
         return None
 
-    def part(self, key: str, start: int, end: int) -> bytes | None:
-        """Return a part of an object's content, likewise."""
+    def view(self, key: str, start: int = 0, end: int = 0) -> memoryview | None:
+        """Return an object's content, all or a part of it, without copying it; None likewise."""
         import obstore
 
         with suppress(FileNotFoundError), _translated(self.url):
-            return bytes(obstore.get_range(self._store, key, start=start, end=end))
+            if end:
+                return memoryview(obstore.get_range(self._store, key, start=start, end=end))
+            return memoryview(obstore.get(self._store, key).bytes())
         return None
 
     def write(self, key: str, content: bytes) -> None:

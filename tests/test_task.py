@@ -69,7 +69,7 @@ def counter(home: Path, identifier: str, rank: int = 0) -> int:
         if entry.path == b"counter":
             (piece,) = entry.pieces
             content = history.get(piece.blob)
-            return int(content[piece.offset :][: piece.length])
+            return int(bytes(content[piece.offset :][: piece.length]))
     return 0
 
 

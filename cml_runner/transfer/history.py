@@ -93,14 +93,14 @@ class History:
         self.store.write(f"{self.data}/{blob.key}", content)
         return blob
 
-    def get(self, blob: Blob, start: int = 0, end: int = 0) -> bytes:
+    def get(self, blob: Blob, start: int = 0, end: int = 0) -> memoryview:
         """Read content, all of it or from one offset to another.
 
         Raises FileNotFoundError if it has been deleted, RunnerError if it was damaged.
         """
         key = f"{self.data}/{blob.key}"
         whole = not end or (start, end) == (0, blob.size)
-        content = self.store.read(key) if whole else self.store.part(key, start, end)
+        content = self.store.view(key) if whole else self.store.view(key, start, end)
         if content is None:
             raise FileNotFoundError(blob.key)
         if whole and hashlib.sha256(content).hexdigest() != blob.digest:

@@ -208,7 +208,7 @@ class _Files:
             end = max(part.offset + part.length for part in parts)
             if end - start > WHOLE * blob.size:
                 start, end = 0, blob.size
-            content = memoryview(self._history.get(blob, start, end))
+            content = self._history.get(blob, start, end)
             for part in parts:
                 self._put(part, content[part.offset - start :][: part.length])
         except BaseException:

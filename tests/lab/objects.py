@@ -146,6 +146,13 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, f"<DeleteResult>{told}</DeleteResult>".encode())
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Keep quiet: whoever asked may have been killed."""
+
+
 def _tag(content: bytes) -> str:
     return f'"{hashlib.sha1(content).hexdigest()}"'
 
@@ -155,8 +162,7 @@ def serving() -> Iterator[Objects]:
     """Serve one on this computer."""
     objects = Objects()
     handler = type("Bound", (Handler,), {"objects": objects})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), handler)
     objects.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
