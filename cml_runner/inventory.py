@@ -243,11 +243,15 @@ def interrupt(found: Found, instance: str, after: float) -> None:
 def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> None:
     """End tasks, with their machines, their records, and what is registered of them.
 
-    Goes on after a failure; raises CleanupFailed at the end.
+    Those with data keep these: task.destroy has them go, once they are pulled. Goes on after a
+    failure; raises CleanupFailed at the end.
     """
     failures: list[tuple[str, Exception]] = []
     for found in several:
         try:
+            if found.lease and found.lease.keeps:
+                end(found)
+                continue
             runners = found.runners()
             steps.delete(found.plan.resources)
             if found.lease:
@@ -260,6 +264,14 @@ def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> No
         raise CleanupFailed(failures)
 
 
+def end(found: Found) -> None:
+    """End the machines of a task with data, and all that it has but the data."""
+    plan = found.plan
+    steps.delete([one for one in plan.resources if one is not plan.bucket])
+    with suppress(NotFound):
+        plan.group.expire(None)  # there is nothing left that costs much
+
+
 def expired(several: Sequence[Found], older_than: float) -> list[Found]:
     """Pick the tasks which are past their deadline or, if not zero, older than so many seconds."""
     now = _now()
@@ -270,9 +282,14 @@ def expired(several: Sequence[Found], older_than: float) -> list[Found]:
         if one.lease
         and (
             (one.lease.expires and one.lease.expires < now)
-            or (older_than and one.lease.created < oldest)
+            or (older_than and one.lease.created < oldest and not _only_data(one.lease))
         )
     ]
+
+
+def _only_data(lease: Lease) -> bool:
+    """Say if the machines of a task are gone already."""
+    return lease.keeps and lease.expires is None
 
 
 def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:

@@ -142,6 +142,7 @@ class Task:
     count: int = 1
     expires: datetime | None = None  # when the cloud itself must have ended it
     tags: Mapping[str, str] = field(default_factory=dict)
+    keeps: bool = False  # when its machines are gone it is still there, with its data: deleted last
 
 
 # What a cloud reports
@@ -177,6 +178,7 @@ class Lease:
     created: datetime
     expires: datetime | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    keeps: bool = False  # its data outlives its machines
 
 
 # What a forge reports
@@ -248,6 +250,16 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Script:
+    """What the machines of a task run in an agent's place, in the directory with its data."""
+
+    content: str = field(repr=False)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    exclude: tuple[str, ...] = ()  # from snapshots: lines as in .gitignore
+    data: str = ""  # URL of the bucket with the data; empty: the task's own
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that a supervisor must know. Secret: it may hold the forge's credential."""
 
@@ -272,6 +284,7 @@ class Settings:
     workdir: str = ""  # empty: one of our own, or below the current directory
     startup: str = field(default="", repr=False)  # a script to run first
     docker_volumes: tuple[str, ...] = ()
+    script: Script | None = None  # in an agent's place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,10 +294,12 @@ class Status:
     state: Literal[
         "starting",
         "installing",
+        "restoring",  # the data of a task
         "registering",
         "ready",
         "busy",
         "stopping",
+        "stopped",  # a task, on demand: it can be started again
         "interrupted",  # another machine may come in its place
         "ended",
         "failed",
@@ -296,6 +311,16 @@ class Status:
     job: Job | None = None
     version: str = ""  # of the agent
     code: int = 0  # exit code of our error, if it failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How the script of one rank ended; there is one at most, and only once its data are safe."""
+
+    code: int
+    at: datetime
+    reason: str = ""
+    epoch: int = 0  # how many machines it took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +411,16 @@ class Retried:
 
 
 @dataclass(frozen=True)
+class Recalled:
+    """Somebody wants a task to stop for a while."""
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """Another machine has taken this one's place."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Some time went by."""
 
@@ -400,5 +435,7 @@ Event = (
     | Notice
     | Signalled
     | Retried
+    | Recalled
+    | Superseded
     | Tick
 )

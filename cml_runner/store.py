@@ -19,7 +19,7 @@ import msgspec
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from obstore.store import ObjectStore, RetryConfig
 
@@ -31,6 +31,10 @@ PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 LEFT = "left-"
+DATA = "data"  # folder of a task's snapshots: transfer.History
+PUSHED = "push"  # the name of what its launcher has sent; those of machines are their ranks
+RECALL = "recall"  # an empty object: machines stop, and keep their data
+RESUME = "resume.json"  # with what a task can be started again; secret; gone once it is over
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
@@ -42,6 +46,11 @@ def status(rank: int) -> str:
 def place(rank: int, generation: int | None = None) -> str:
     """Name the object that holds a model.Place, or what the names of all generations begin with."""
     return f"place-{rank:03}-" + ("" if generation is None else f"{generation:04}")
+
+
+def result(rank: int) -> str:
+    """Name the object that holds a rank's model.Result."""
+    return f"result-{rank:03}.json"
 
 
 def left(rank: int) -> str:
@@ -56,7 +65,7 @@ def interruption(job: Job) -> str:
 
 def kept(key: str) -> bool:
     """Say if an object remains when its task is over: what people may still want to read."""
-    return key.startswith(("log-", "status-", "events"))
+    return key.startswith(("log-", "status-", "events", "result-", RECALL, RESUME, f"{DATA}/"))
 
 
 class Store:
@@ -99,7 +108,7 @@ class Store:
 
         try:
             with _translated(self.url):
-                obstore.put(self._store, key, content, mode="create")
+                obstore.put(self._store, key, content, mode="create", use_multipart=False)
         except FileNotFoundError as error:
             raise self._gone() from error
         except RunnerError as error:
@@ -116,13 +125,23 @@ class Store:
             return bytes(obstore.get(self._store, key).bytes())
         return None
 
+    def view(self, key: str, start: int = 0, end: int = 0) -> memoryview | None:
+        """Return an object's content, all or a part of it, without copying it; None likewise."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            if end:
+                return memoryview(obstore.get_range(self._store, key, start=start, end=end))
+            return memoryview(obstore.get(self._store, key).bytes())
+        return None
+
     def write(self, key: str, content: bytes) -> None:
         """Put an object there at once as a whole, in place of an older one."""
         import obstore
 
         try:
             with _translated(self.url):
-                obstore.put(self._store, key, content)
+                obstore.put(self._store, key, content, use_multipart=False)
         except FileNotFoundError as error:
             raise self._gone() from error
 
@@ -133,12 +152,31 @@ class Store:
         with suppress(FileNotFoundError), _translated(self.url):
             obstore.delete(self._store, key)
 
-    def keys(self, prefix: str) -> list[str]:
-        """List the names of the objects whose name begins with a prefix, sorted."""
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove many objects; absent is removed already."""
         import obstore
 
+        try:
+            with _translated(self.url):
+                if keys:
+                    obstore.delete(self._store, keys)
+        except FileNotFoundError:  # some services stop at the first that is absent
+            for key in keys:
+                self.delete(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """List the names of the objects whose name begins with a prefix, sorted.
+
+        Objects in folders, a/b, are listed if the prefix names their folder, a/, or is empty.
+        """
+        import obstore
+
+        folder, slash, _ = prefix.rpartition("/")
         with suppress(FileNotFoundError), _translated(self.url):
-            found = obstore.list(self._store).collect()
+            if slash or not prefix:
+                found = obstore.list(self._store, prefix=folder + slash or None).collect()
+            else:  # there may be very many in folders
+                found = obstore.list_with_delimiter(self._store)["objects"]
             return sorted(item["path"] for item in found if item["path"].startswith(prefix))
         return []
 
@@ -162,7 +200,8 @@ class Store:
 
     def ranks(self) -> list[int]:
         """List the machines which have said anything yet."""
-        return sorted({int(key.split("-")[1].split(".")[0]) for key in self.keys("") if _told(key)})
+        told = (*self.keys("log-"), *self.keys("status-"))
+        return sorted({int(key.split("-")[1].split(".")[0]) for key in told})
 
     def _gone(self) -> NotFound:
         return NotFound(f"{self.url} is gone")
@@ -192,9 +231,11 @@ class Said(Store):
 class Log:
     """The log of one machine, as it is being written: a list of objects of bounded size."""
 
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store, self._rank = store, rank
-        self._number = len(store.keys(f"log-{rank:03}-"))
+    def __init__(self, store: Store, rank: int, epoch: int | None = None) -> None:
+        """Go on where others have ended; with an epoch they may go on writing, too."""
+        self._store = store
+        self._prefix = f"log-{rank:03}-" + ("" if epoch is None else f"{epoch:06}-")
+        self._number = len(store.keys(self._prefix))
         self._new: deque[bytes] = deque()  # taken by any thread, written by one
         self._text = b""
         self._dirty = False
@@ -210,7 +251,7 @@ class Log:
             self._dirty = True
         while self._dirty:
             part = self._text[:SEGMENT]
-            self._store.write(f"log-{self._rank:03}-{self._number:06}.txt", part)
+            self._store.write(f"{self._prefix}{self._number:06}.txt", part)
             self._dirty = len(part) == SEGMENT and len(self._text) > SEGMENT
             if len(part) == SEGMENT:
                 self._text = self._text[SEGMENT:]
@@ -225,10 +266,6 @@ def opened(url: str) -> Store:
 def encoded(value: Any) -> bytes:
     """Write a dataclass as it is saved."""
     return msgspec.json.encode(value)
-
-
-def _told(key: str) -> bool:
-    return key.startswith(("log-", "status-"))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ COMMANDS = {
     "interrupt": "tasks",
     "destroy": "tasks",
     "gc": "tasks",
+    "task": "task",
     "setup": "setup",
     "permissions": "setup",
     "supervise": "supervise",

@@ -41,9 +41,9 @@ def choice(names: tuple[str, ...]) -> str:
     return f"[{'|'.join(names)}]"
 
 
-def common(command: F) -> F:
-    """Add what every command has."""
-    level = option(
+def log(command: F) -> F:
+    """Add how much to say."""
+    return option(
         "--log",
         type=click.Choice(LEVELS),
         default="info",
@@ -51,14 +51,18 @@ def common(command: F) -> F:
         expose_value=False,
         callback=lambda _context, _option, value: _set_up(value),
         help="How much to say, on stderr.",
-    )
+    )(command)
+
+
+def common(command: F) -> F:
+    """Add what every command has."""
     output = option(
         "--output",
         type=click.Choice(["text", "json"]),
         default="text",
         help="How to print the result, on stdout.",
     )
-    return level(output(command))
+    return log(output(command))
 
 
 def forge(command: F) -> F:

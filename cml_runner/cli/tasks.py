@@ -11,6 +11,7 @@ import click
 
 from cml_runner import times
 from cml_runner.cli import options
+from cml_runner.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ def list_(cloud: str, cloud_region: str, output: str) -> None:
     if output == "json":
         options.echo_json(rows)
     elif rows:
-        _table(COLUMNS, [_with_times(row) for row in rows])
+        table(COLUMNS, [_with_times(row) for row in rows])
     else:
         click.echo("nothing is there", err=True)
 
@@ -47,14 +48,8 @@ def show_(identifier: str, cloud: str, cloud_region: str, output: str) -> None:
     details = inventory.details(inventory.find(identifier, cloud, cloud_region))
     if output == "json":
         options.echo_json(details)
-        return
-    for key, value in details.items():
-        if not isinstance(value, list) or key == "jobs":
-            click.echo(f"{key:9} {_plain(value)}")
-    for key in ("instances", "machines", "events"):
-        if details[key]:
-            click.echo(f"\n{key}")
-            _table(tuple(details[key][0]), details[key])
+    else:
+        page(details)
 
 
 @click.command("logs", context_settings=options.SETTINGS)
@@ -113,6 +108,10 @@ def destroy_(
     from cml_runner import inventory
 
     several = [inventory.find(text, cloud, cloud_region) for text in identifiers]
+    for found in several:
+        if found.lease and found.lease.keeps:
+            msg = f"{found.id} is a task: cml-runner task destroy fetches its results first"
+            raise ConfigurationError(msg)
     inventory.destroy(several, _access(values))
     names = [str(found.id) for found in several]
     if output == "json":
@@ -195,7 +194,20 @@ def _with_times(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+def page(details: Mapping[str, Any]) -> None:
+    """Print what is simple line by line, and below it the tables."""
+    tables = {}
+    for key, value in details.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            tables[key] = value
+        elif value != []:
+            click.echo(f"{key:11} {_plain(value)}")
+    for key, rows in tables.items():
+        click.echo(f"\n{key}")
+        table(tuple(rows[0]), rows)
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table on a terminal, and lines of tab-separated values elsewhere."""
     import sys
 

@@ -100,6 +100,7 @@ class Cloud(Protocol):
     """One account in one region of one cloud."""
 
     dedicated: ClassVar[bool]  # each machine is a system of its own in which nothing else runs
+    keeps: ClassVar[bool]  # tasks with data can be had: Task.keeps, and container()
     metadata_service: ClassVar[bool]  # a machine's identity can be had over its network
 
     def __init__(self, region: str) -> None:
@@ -109,6 +110,12 @@ class Cloud(Protocol):
         """Say what the task needs, changing nothing; an identifier alone will do for deletion.
 
         Raises ConfigurationError with every mistake in the machine's description.
+        """
+
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a bucket of the user's own, NAME/PATH, for the data of a task.
+
+        Sends nothing. Raises ConfigurationError.
         """
 
     def tasks(self) -> list[Lease]:
@@ -152,7 +159,8 @@ class Cloud(Protocol):
         """End this machine's part of the task, on the machine; the last thing that it does.
 
         Other machines of the group are not touched; the last one takes everything with it that
-        costs money or is secret. Only logs and status stay, in the bucket. A cloud which knows
+        costs money or is secret. Only logs and status stay, in the bucket; of a task that keeps
+        them its data and its lease, too, without a deadline from now on. A cloud which knows
         by itself who is the last one doesn't need to be told.
         """
 

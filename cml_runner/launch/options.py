@@ -243,7 +243,7 @@ class _Reader:
             self.mistakes.append("--machine-uv: write URL#sha256=HEX")
         return Program(
             version=__version__,
-            requirement=options.machine_package or _requirement(options.cloud),
+            requirement=options.machine_package or requirement(options.cloud),
             index=options.machine_package_index,
             uv=options.machine_uv,
         )
@@ -307,7 +307,7 @@ def _identifier(name: str, url: str) -> Identifier:
     return Identifier.new(url.rstrip("/").rpartition("/")[2])
 
 
-def _requirement(cloud: str) -> str:
+def requirement(cloud: str) -> str:
     """Name the package that a machine needs; a pod doesn't speak to its cluster."""
     extra = f"[{cloud}]" if cloud not in ("", "kubernetes") else ""
     return f"cml-runner{extra}=={__version__}"

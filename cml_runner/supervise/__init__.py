@@ -34,7 +34,7 @@ from cml_runner.model import (
     renamed,
     stands_for,
 )
-from cml_runner.supervise import errands, machine, places, recovery, user
+from cml_runner.supervise import errands, machine, places, recovery, script, user
 from cml_runner.supervise.process import Process
 from cml_runner.supervise.report import Report
 from cml_runner.supervise.rules import Rules, State, Stop, step
@@ -83,7 +83,8 @@ def run(url: str) -> int:
             log.info("nobody is needed here any more")
             cloud.leave(settings.id, last=places.leave(bucket, rank, count))
             return 0
-    stop = Supervisor(settings, bucket, cloud, rank).run()
+    supervisor = Supervisor if settings.script is None else script.Supervisor
+    stop = supervisor(settings, bucket, cloud, rank).run()
     return bootstrap.INTERRUPTED if stop.then == "vanish" else 0
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import queue
     from collections.abc import Mapping
 
-    from cml_runner.forges import Agent
     from cml_runner.model import Command, Event
     from cml_runner.supervise.user import Account
 
@@ -51,12 +50,31 @@ def scrubbed(environment: Mapping[str, str], secrets: tuple[str, ...] = ()) -> d
 REST = 2  # seconds for the last output of an agent that has ended; who hides may keep it open
 
 
+class Program(Protocol):
+    """What has to be known of what runs: an agent, or a script."""
+
+    def parse(self, line: str) -> Event | None:
+        """Understand a line of its output."""
+
+    def exited(self, code: int) -> Event:
+        """Say what its end means."""
+
+    def abort(self, pid: int) -> None:
+        """Make its job fail at once."""
+
+    def drain(self, pid: int) -> None:
+        """Have it take no other job."""
+
+    def stop(self, pid: int) -> None:
+        """Ask it to end."""
+
+
 class Process:
     """A running agent, with all that it has started."""
 
     def __init__(
         self,
-        agent: Agent,
+        agent: Program,
         command: Command,
         secrets: tuple[str, ...],
         events: queue.Queue[Event],

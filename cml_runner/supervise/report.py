@@ -27,15 +27,18 @@ class Report(logging.Handler):
     A bucket that can't be reached is no reason to stop: everything is written as soon as it can.
     """
 
-    def __init__(self, bucket: store.Store, rank: int, runner: str) -> None:
+    def __init__(
+        self, bucket: store.Store, rank: int, runner: str, epoch: int | None = None
+    ) -> None:
         super().__init__()
         now = datetime.now(timezone.utc)
         self.status = Status(state="starting", at=now, since=now, runner=runner)
         self.setFormatter(Formatter("%(asctime)s %(message)s"))
         self._bucket, self._rank = bucket, rank
-        self._log = store.Log(bucket, rank)
+        self._log = store.Log(bucket, rank, epoch)
         self._news = threading.Event()
         self._over = threading.Event()
+        self.silent = False  # the status is somebody else's business by now
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
 
     def __enter__(self) -> Report:
@@ -76,5 +79,6 @@ class Report(logging.Handler):
         self._news.clear()
         self.status = replace(self.status, at=datetime.now(timezone.utc))
         with suppress(Exception):  # whatever the bucket's trouble is, the next round may do better
-            self._bucket.save(store.status(self._rank), self.status)
+            if not self.silent:
+                self._bucket.save(store.status(self._rank), self.status)
             self._log.flush()

@@ -40,7 +40,15 @@ def imported(*arguments: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("--version",), ("--help",), ("launch", "--help"), ("list", "--help"), ("demo", "-h")],
+    [
+        (),
+        ("--version",),
+        ("--help",),
+        ("launch", "--help"),
+        ("list", "--help"),
+        ("demo", "-h"),
+        ("task", "run", "-h"),
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_big(arguments: tuple[str, ...]) -> None:

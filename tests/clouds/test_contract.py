@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Protocol
 
@@ -88,6 +89,37 @@ def test_a_task_is_created_listed_and_deleted(rig: Rig) -> None:
     delete(plan)
     assert rig.cloud.tasks() == []
     assert plan.group.instances() == []
+
+
+def test_data_outlive_the_machines(rig: Rig) -> None:
+    if not rig.cloud.keeps:
+        pytest.skip("there are no tasks with data")
+    expires = datetime.now(timezone.utc) + timedelta(hours=1)
+    task = replace(rig.task(SECRET), keeps=True, expires=expires)
+    plan = rig.launch(1, task)
+    (lease,) = rig.cloud.tasks()
+    assert not lease.keeps, "it isn't launched yet, and may be swept"
+    plan.group.expire(expires)
+    bucket = plan.bucket.store
+    bucket.write("data/000/b/1", b"data")
+    bucket.write("result-000.json", b"{}")
+    rig.leave(plan, *rig.running(plan))
+    until(lambda: rig.cloud.tasks()[0].expires is None)
+    (lease,) = rig.cloud.tasks()
+    assert (lease.id, lease.keeps) == (task.id, True)
+    assert until(lambda: not plan.group.instances())
+    assert (bucket.read("data/000/b/1"), bucket.read("result-000.json")) == (b"data", b"{}")
+    assert bucket.read(SETTINGS) is None
+    assert rig.traces(SECRET) == []
+    assert not rig.cloud.plan(task).bucket.create(), "its name is taken"
+    # It may have machines again.
+    again = rig.cloud.plan(task)
+    for resource in again.resources:
+        resource.create()
+    assert bucket.read("data/000/b/1") == b"data"
+    delete(again)
+    assert rig.cloud.tasks() == []
+    assert bucket.keys("") == []
 
 
 def test_the_plan_names_its_parts(rig: Rig) -> None:

@@ -19,7 +19,9 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds
 from cml_runner.clouds.aws import account, catalogue, machine
@@ -38,6 +40,7 @@ from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
 from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Task
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TAG_KEY = re.compile(r"(?!aws:|_index$|\.{1,2}$)[A-Za-z0-9+\-=.,_:@]{1,128}")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 AT_ONCE = 16  # objects read
 PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
 
@@ -54,7 +58,7 @@ PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last on
 class Cloud:
     """One account, that of the credentials which the SDK finds, in one region."""
 
-    dedicated = metadata_service = True
+    dedicated = keeps = metadata_service = True
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)
@@ -64,6 +68,18 @@ class Cloud:
         """Name a task's resources; what must be known of account and region is asked later."""
         alone = task == Task(id=task.id)  # which will do for all but creation
         return self._plan(task, None if alone else self._site(task))
+
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a bucket in this region or another one; machines need an identity that may use it.
+
+        What is sent there isn't ours to guess: its owner is whoever has the name.
+        """
+        name, _, path = address.partition("/")
+        region = options.get("region", self.region)
+        if not BUCKET.fullmatch(name) or set(options) - {"region"}:
+            msg = f"--storage-container {address}: NAME/PATH of a bucket; its only option is region"
+            raise ConfigurationError(msg)
+        return Store(f"s3://{name}/{quote(path)}?region={region}", self._session.credentials)
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
@@ -126,7 +142,7 @@ class Cloud:
         for resource in plan.resources[1:-1]:
             _insist(resource.delete)
         _insist(group.discard)
-        _insist(bucket.release)
+        _insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(self._session, task, site)
@@ -169,6 +185,11 @@ def _mistakes(task: Task) -> list[str]:
     for key in task.tags:
         if not TAG_KEY.fullmatch(key):
             found.append(f"--cloud-metadata {key}: keys are letters, digits and + - = . , _ : @")
+    longest = datetime.now(timezone.utc) + timedelta(days=account.KEPT - 2)
+    if task.keeps and task.expires and task.expires > longest:
+        found.append(
+            f"--timeout: less than {account.KEPT - 2} days, as our bucket forgets all then"
+        )
     if task.machine.ssh_key:
         try:
             public_key(task.machine.ssh_key)

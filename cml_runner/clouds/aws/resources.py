@@ -6,7 +6,7 @@ import base64
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ class Claim:
     expires: datetime | None
     launched: bool = False
     tags: dict[str, str] = field(default_factory=dict)
+    keeps: bool = False  # it stays when the machines are gone
 
 
 def leases(session: Session) -> store.Store:
@@ -51,7 +52,13 @@ def lease(task: Task, claim: Claim) -> Lease:
     if not claim.launched:
         given_up = claim.created + LAUNCH
         expires = min(expires, given_up) if expires else given_up
-    return Lease(id=task.id, created=claim.created, expires=expires, tags=claim.tags)
+    return Lease(
+        id=task.id,
+        created=claim.created,
+        expires=expires,
+        tags=claim.tags,
+        keeps=claim.keeps and claim.launched,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +89,20 @@ class Bucket:
 
     def delete(self) -> None:
         """Delete all of the task's objects, the lease at last."""
-        for key in self.store.keys(""):
-            self.store.delete(key)
+        self.store.remove(self.store.keys(""))
         self.release()
 
     def release(self) -> None:
         """Delete the lease: nobody has the task any more."""
         leases(self.session).delete(self._key)
+
+    def finish(self) -> None:
+        """Delete the lease, or leave it to whoever will delete the data."""
+        claim = self.claim()
+        if claim and claim.keeps and claim.launched:
+            leases(self.session).save(self._key, replace(claim, expires=None))
+        else:
+            self.release()
 
     def claim(self) -> Claim | None:
         """Read the lease."""
@@ -100,13 +114,14 @@ class Bucket:
         if old is None:
             msg = f"{self.task.id} is gone: launch it again"
             raise NotFound(msg)
-        new = Claim(created=old.created, expires=expires, launched=True, tags=old.tags)
+        new = replace(old, expires=expires, launched=True)
         leases(self.session).save(self._key, new)
 
     def _claim(self) -> bool:
         """Put it with a call which makes sure whose bucket this is: its name can be guessed."""
         now = datetime.now(timezone.utc)
-        content = Claim(created=now, expires=self.task.expires, tags=dict(self.task.tags))
+        task = self.task
+        content = Claim(created=now, expires=task.expires, tags=dict(task.tags), keeps=task.keeps)
         try:
             self.session.call(
                 "s3",
@@ -159,9 +174,9 @@ class Settings:
 
     def delete(self) -> None:
         """Delete them, and all else that nobody wants to read when the task is over."""
-        for key in sorted(self.bucket.store.keys(""), key=lambda key: key != store.SETTINGS):
-            if not store.kept(key):
-                self.bucket.store.delete(key)
+        self.bucket.store.delete(store.SETTINGS)
+        gone = [key for key in self.bucket.store.keys("") if not store.kept(key)]
+        self.bucket.store.remove(gone)
 
 
 @dataclass(frozen=True, eq=False)

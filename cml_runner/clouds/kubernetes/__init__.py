@@ -49,6 +49,7 @@ class Cloud:
     """One cluster and namespace. A region is all of it, or the nodes with some label."""
 
     dedicated = True
+    keeps = False
     metadata_service = False
     kept: int = KEPT  # a test may be in a hurry
     grace: int = pod.GRACE  # likewise

@@ -14,7 +14,8 @@ $CML_RUNNER_HOME (~/.cml-runner)/local/REGION/IDENTIFIER, or in ABSOLUTE-PATH/ID
                      notice.json once it is about to be taken away, `left` once it has left
                      its task, `ended` when no process of it exists any more
 
-Once all machines have left, or at the deadline, only logs, status and events stay, for a week.
+Once all machines have left, or at the deadline, only logs, status and events stay, for a week;
+of a task with data the lease and the data stay too, until it is deleted.
 Whoever asks about a task starts its keeper again, should somebody have killed it.
 """
 
@@ -35,6 +36,7 @@ from cml_runner.clouds.local.processes import VARIABLE
 from cml_runner.clouds.local.resources import Bucket, Group
 from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Lease, Notice
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,6 +50,7 @@ class Cloud:
     """The computer that we are on. A region is a directory, and all sizes are the same."""
 
     dedicated = metadata_service = False
+    keeps = True
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 
@@ -70,6 +73,14 @@ class Cloud:
         return clouds.Plan(
             resources=(bucket, group), group=group, bucket=bucket, arch=arch, price=0.0
         )
+
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a directory, which must be there; no option makes sense."""
+        path = Path(address)
+        if not path.is_absolute() or not path.is_dir() or options:
+            msg = f"--storage-container {address}: on the local cloud, a directory that is there"
+            raise ConfigurationError(msg)
+        return Store(path.as_uri())
 
     def tasks(self) -> list[Lease]:
         """List the tasks of this region.
@@ -152,4 +163,10 @@ def _lease(identifier: Identifier, claim: records.Claim) -> Lease:
     if not claim.launched:
         alive = processes.alive(processes.find(claim.launcher))
         expires = claim.created + (LAUNCH if alive else timedelta())
-    return Lease(id=identifier, created=claim.created, expires=expires, tags=claim.tags)
+    return Lease(
+        id=identifier,
+        created=claim.created,
+        expires=expires,
+        tags=claim.tags,
+        keeps=claim.keeps and claim.launched,
+    )

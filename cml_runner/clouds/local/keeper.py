@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from cml_runner.clouds.local.records import Wish
 
-RECORD = ("log", "status", "events.jsonl")  # what stays in the bucket when a task is over
+# What stays in the bucket when a task is over.
+RECORD = ("log", "status", "events.jsonl", "result", "resume", "data")
 YOUNG = 5  # seconds; a machine that dies earlier than that will do so again
 LONGEST_PAUSE = 60  # seconds before it is tried again
 GLANCE = 0.5  # seconds between two looks at machines whose end nobody tells us
@@ -252,10 +253,19 @@ class Keeper:
                 for path in self.directory.glob("bucket/*"):
                     if not path.name.startswith(RECORD):
                         files.remove(path)
-                (self.directory / "lease.json").unlink(missing_ok=True)
+            self._release(wish)
             for name in ("group.json", "keeper.log", "keeper.json", "keeper.lock"):
                 (self.directory / name).unlink(missing_ok=True)
         return True
+
+    def _release(self, wish: Wish) -> None:
+        """Give the lease of a task up that is over; of one with data it lives as long as these."""
+        path = self.directory / "lease.json"
+        claim = records.claim(self.directory)
+        if claim and claim.keeps and claim.launched:
+            files.save(path, replace(claim, expires=None))
+        elif wish.over == "finished":
+            path.unlink(missing_ok=True)
 
     def _pause(self, wish: Wish) -> float:
         """Find out for how long there is nothing to do; a minute at most, as clocks get set."""

@@ -31,6 +31,7 @@ class Claim:
     tags: Mapping[str, str]
     launcher: Process
     launched: bool = False
+    keeps: bool = False  # it stays when the machines are gone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,11 @@ class Bucket:
         launcher = processes.identify(psutil.Process())
         task = self.task
         claim = records.Claim(
-            created=files.now(), expires=task.expires, tags=task.tags, launcher=launcher
+            created=files.now(),
+            expires=task.expires,
+            tags=task.tags,
+            launcher=launcher,
+            keeps=task.keeps,
         )
         try:
             files.make(self.directory / "bucket")
