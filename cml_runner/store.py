@@ -31,6 +31,8 @@ PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 LEFT = "left-"
+GONE = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
+DENIED = ("AccessDenied", "AuthorizationPermissionMismatch", "AuthorizationFailure")
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
@@ -241,10 +243,10 @@ def _translated(url: str) -> Iterator[None]:
         msg = f"no access to {url}: {_first_line(error)}"
         raise CredentialsError(msg) from error
     except (exceptions.BaseError, PermissionError) as error:
-        # What S3 says isn't understood everywhere.
-        if "NoSuchBucket" in str(error):
+        # What S3 and Azure say isn't understood everywhere.
+        if any(code in str(error) for code in GONE):
             raise FileNotFoundError(url) from error
-        if "AccessDenied" in str(error):
+        if any(code in str(error) for code in DENIED):
             msg = f"no access to {url}: {_first_line(error)}"
             raise CredentialsError(msg) from error
         msg = f"{url}: {_first_line(error)}"
