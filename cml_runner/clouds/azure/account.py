@@ -39,7 +39,7 @@ PROVIDERS = ("Compute", "Network", "Storage", "ManagedIdentity", "Insights")
 REGISTERED = 300  # seconds that the registration of a provider may take
 NAMESPACE = uuid.UUID("6d8a1b0e-6f4e-4a53-9a0c-5b6f4f6a2c11")  # of the names of our roles
 BLOBS = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
-OBJECTS = [f"{BLOBS}/read", f"{BLOBS}/write", f"{BLOBS}/delete", f"{BLOBS}/add/action"]
+OBJECTS = [f"{BLOBS}/read", f"{BLOBS}/write", f"{BLOBS}/delete"]
 MACHINE = [
     "Microsoft.Compute/virtualMachines/delete",
     "Microsoft.Compute/virtualMachines/deallocate/action",
