@@ -113,10 +113,9 @@ class Blobs:
             known = container.pop(key, None) is not None
             line = "202 Accepted" if known else "404 The specified blob does not exist."
             code = "" if known else "x-ms-error-code: BlobNotFound\r\n"
-            answers.append(
-                "--batchresponse\r\nContent-Type: application/http\r\n"
-                f"Content-ID: {number.decode()}\r\n\r\nHTTP/1.1 {line}\r\n{code}x-ms-version: 2023-11-03\r\n\r\n"
-            )
+            head = f"Content-Type: application/http\r\nContent-ID: {number.decode()}"
+            own = f"HTTP/1.1 {line}\r\n{code}x-ms-version: 2023-11-03\r\n"
+            answers.append(f"--batchresponse\r\n{head}\r\n\r\n{own}\r\n")
         text = f"{''.join(answers)}--batchresponse--\r\n"
         return 202, [("Content-Type", "multipart/mixed; boundary=batchresponse")], text.encode()
 
