@@ -32,7 +32,10 @@ SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 LEFT = "left-"
 GONE = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
-DENIED = ("AccessDenied", "AuthorizationPermissionMismatch", "AuthorizationFailure")
+DENIED = (
+    *("AccessDenied", "AuthorizationPermissionMismatch", "AuthorizationFailure"),
+    *("InvalidAuthenticationInfo", "AuthenticationFailed"),
+)
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 

@@ -17,14 +17,18 @@ RUN, OVER = "run", "over"  # profiles
 
 
 def setting(
-    region: str, target: str, count: int, until: datetime | None, tags: dict[str, str]
+    region: str,
+    target: str,
+    bounds: tuple[int, int],
+    until: datetime | None,
+    tags: dict[str, str],
 ) -> dict[str, Any]:
-    """Describe it; the tags must have a COUNT."""
-    profiles = [_profile(RUN, count)]
+    """Describe it, for that many machines at least and at most; the tags must have a COUNT."""
+    profiles = [_profile(RUN, *bounds)]
     if until:
         start = datetime.now(timezone.utc) - EARLIER
         window = {"timeZone": "UTC", "start": _text(min(start, until)), "end": _text(until)}
-        profiles = [{**profiles[0], "fixedDate": window}, _profile(OVER, 0)]
+        profiles = [{**profiles[0], "fixedDate": window}, _profile(OVER, 0, 0)]
     return {
         "location": region,
         "tags": tags,
@@ -37,12 +41,12 @@ def lowered(found: dict[str, Any], gone: int) -> dict[str, Any] | None:
 
     The most that there may be stays: by that, Azure would end machines of its own choice.
     """
-    wanted = max(0, int(found["tags"][COUNT]) - gone)
+    least = max(0, int(found["tags"][COUNT]) - gone)
     profiles = found["properties"]["profiles"]
     (run,) = (one for one in profiles if one["name"] == RUN)
-    if int(run["capacity"]["minimum"]) <= wanted:
+    if int(run["capacity"]["minimum"]) <= least:
         return None
-    capacity = {**run["capacity"], "minimum": str(wanted), "default": str(wanted)}
+    capacity = {**run["capacity"], "minimum": str(least), "default": str(least)}
     others = [one for one in profiles if one is not run]
     properties = {name: found["properties"][name] for name in ("enabled", "targetResourceUri")}
     return {
@@ -52,7 +56,7 @@ def lowered(found: dict[str, Any], gone: int) -> dict[str, Any] | None:
     }
 
 
-def bounds(found: dict[str, Any]) -> tuple[int, datetime | None]:
+def wanted(found: dict[str, Any]) -> tuple[int, datetime | None]:
     """Read for how many machines it was made, those that have left included, and until when."""
     (run,) = (one for one in found["properties"]["profiles"] if one["name"] == RUN)
     window = run.get("fixedDate")
@@ -60,8 +64,8 @@ def bounds(found: dict[str, Any]) -> tuple[int, datetime | None]:
     return int(found["tags"][COUNT]), until
 
 
-def _profile(name: str, count: int) -> dict[str, Any]:
-    capacity = dict.fromkeys(("minimum", "maximum", "default"), str(count))
+def _profile(name: str, least: int, most: int) -> dict[str, Any]:
+    capacity = {"minimum": str(least), "maximum": str(most), "default": str(least)}
     return {"name": name, "capacity": capacity, "rules": []}
 
 

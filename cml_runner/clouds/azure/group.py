@@ -16,7 +16,7 @@ from cml_runner import wait
 from cml_runner.clouds.azure import arm, autoscale, virtual
 from cml_runner.clouds.azure.machine import INTERRUPT
 from cml_runner.clouds.azure.resources import tags
-from cml_runner.errors import AlreadyExists, NoCapacity, NotFound, RunnerError
+from cml_runner.errors import AlreadyExists, CredentialsError, NoCapacity, NotFound, RunnerError
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
@@ -61,14 +61,18 @@ class Group:
 
     def create(self) -> bool:
         """Create it without a machine."""
+        new = {"If-None-Match": "*"}
         try:
-            self._create()
+            self._create(new)
         except AlreadyExists:
             found = self._describe()
-            if found and found["properties"].get("provisioningState") != "Deleting":
+            if not found or found["properties"].get("provisioningState") == "Deleting":
+                self._gone()  # an older one of this name is about to vanish
+                self._create(new)
+            elif self.bucket.ours:  # so this is ours, too: the answer to our call was lost
+                self._create({})
+            else:
                 return False
-            self._gone()  # an older one of this name is about to vanish
-            self._create()
         self.fresh = self.empty = True
         return True
 
@@ -81,13 +85,11 @@ class Group:
     def resize(self, count: int) -> None:
         """Have Azure hold that many machines, and start them now."""
         if self.empty:
-            self._hold(count, self.bucket.task.expires)
-            if count:
-                self._climb(count)
+            self._climb(count)
             self.empty = False
             return
         with suppress(NotFound):
-            self.expires = autoscale.bounds(self._setting())[1]
+            self.expires = autoscale.wanted(self._setting())[1]
         gone = len(self.bucket.store.keys(autoscale.GONE))
         self._hold(count, self.expires, gone)
         self.operation = self._patch({"sku": {**self._sku(), "capacity": count}})
@@ -120,7 +122,7 @@ class Group:
         """Set the group's end, if it is another than before; with that, the task is launched."""
         if not self.fresh or at != self.expires:
             with suppress(NotFound):
-                count, _ = autoscale.bounds(self._setting())
+                count, _ = autoscale.wanted(self._setting())
                 self._hold(count - (gone := self._left()), at, gone)
         self.bucket.renew(at)
 
@@ -171,26 +173,37 @@ class Group:
         """The identifier of what holds it at its size."""
         return self.bucket.place.id(autoscale.KIND, self.name)
 
-    def _create(self) -> None:
+    def _create(self, headers: dict[str, str]) -> None:
         assert self.site
         body = virtual.scale_set(self.bucket.place, self.bucket.task, self.site)
-        self.session.call("PUT", self.path, body, headers={"If-None-Match": "*"})
+        self.session.call("PUT", self.path, body, headers=headers)
 
     def _climb(self, count: int) -> None:
         """Start the machines, of one mixture of sizes after the other. Raises NoCapacity."""
         assert self.site
-        rungs = self.site.rungs
+        rungs, until = self.site.rungs if count else [], self.bucket.task.expires
+        several = len(rungs) > 1  # then nobody but us may start any before one has proved right
+        self._hold(count, until, least=0 if several else count)
         tried: list[str] = []
         for number, sizes in enumerate(rungs):
-            try:
-                self._start(sizes, count, number, last=number + 1 == len(rungs))
-            except NoCapacity as error:
-                log.warning("%s: %s", ", ".join(sizes), error)
-                tried.append(f"{', '.join(sizes)}: {error}")
-                self._sweep()
-            else:
-                return
-        raise NoCapacity("; ".join(tried))
+            if self._had(sizes, count, number, tried):
+                break
+        if rungs and len(tried) == len(rungs):
+            raise NoCapacity("; ".join(tried))
+        if several:
+            self._hold(count, until)
+
+    def _had(self, sizes: tuple[str, ...], count: int, number: int, tried: list[str]) -> bool:
+        """Say if machines could be had; else note why not, and clear up."""
+        assert self.site
+        try:
+            self._start(sizes, count, number, last=number + 1 == len(self.site.rungs))
+        except NoCapacity as error:
+            log.warning("%s: %s", ", ".join(sizes), error)
+            tried.append(f"{', '.join(sizes)}: {error}")
+            self._sweep()
+            return False
+        return True
 
     def _start(self, sizes: tuple[str, ...], count: int, number: int, *, last: bool) -> None:
         """Ask for them; how it goes on is waited for only as long as there is something else."""
@@ -218,10 +231,14 @@ class Group:
         sku: dict[str, Any] = found["sku"]
         return sku
 
-    def _hold(self, count: int, until: datetime | None, gone: int = 0) -> None:
+    def _hold(
+        self, count: int, until: datetime | None, gone: int = 0, least: int | None = None
+    ) -> None:
+        """Have Azure keep that many machines, beside those that have left, until then."""
         task, place = self.bucket.task, self.bucket.place
         own = tags(task, place.identity, **{autoscale.COUNT: count + gone})
-        body = autoscale.setting(place.region, self.path, count, until, own)
+        bounds = (count if least is None else least, count)
+        body = autoscale.setting(place.region, self.path, bounds, until, own)
         self.session.call("PUT", self.setting, body)
         self.expires = until
 
@@ -285,7 +302,9 @@ class Group:
         since = datetime.now(timezone.utc) - HISTORY
         query = f"eventTimestamp ge '{since:%Y-%m-%dT%H:%M:%SZ}'"
         query += f" and resourceGroupName eq '{place.group}'"
-        listed = self.session.pages(f"{path}/management/values", {"$filter": query})
+        listed = []
+        with suppress(CredentialsError):  # it is not so important
+            listed = self.session.pages(f"{path}/management/values", {"$filter": query})
         ours = (one for one in listed if self.name in str(one.get("resourceId", "")).lower())
         found = [event for one in ours if (event := _activity(one))]
         self._read = (time.monotonic(), found)

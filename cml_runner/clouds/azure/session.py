@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from azure.core.credentials import TokenCredential
 
 STORAGE = "https://storage.azure.com/.default"
+CONNECT, READ = 5, 60  # seconds for a connection, and for an answer
 POLL = 1  # second between two looks at what Azure is doing
 LONGEST = 900  # seconds that it may take
 ELSEWHERE = "AZURE_POD_IDENTITY_AUTHORITY_HOST"  # the SDK's, for a metadata service
@@ -182,6 +183,8 @@ class Session:
         scope = f"{arm.RESOURCE}/.default"
         return PipelineClient(
             arm.endpoint(),
+            connection_timeout=CONNECT,
+            read_timeout=READ,
             policies=[
                 policies.RequestIdPolicy(),
                 policies.UserAgentPolicy(base_user_agent="cml-runner"),

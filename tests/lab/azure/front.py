@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class Front:
         ended = time.monotonic()
         self.calls.append(Entry(call.action, call.path, name, began, ended, call.body, problem))
         if self._lost(call):
-            raise ConnectionError(LOST)
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return _plain(start, status, headers, content, head=call.method == "HEAD")
 
     def may(self, call: Call, action: str, path: str, *, data: bool = False) -> None:
@@ -146,14 +147,17 @@ class Front:
                 raise ApiError(fault.code, fault.message, fault.status)
         if call.path.startswith("/serial/"):  # has its permission in its URL
             return
+        blob = call.kind == "blob"
         if who is None:
-            raise ApiError("InvalidAuthenticationToken", "The access token is invalid.", 401)
+            code = "InvalidAuthenticationInfo" if blob else "InvalidAuthenticationToken"
+            raise ApiError(code, "The access token is invalid.", 401)
         if who.expired:
-            raise ApiError("ExpiredAuthenticationToken", "The access token expired.", 401)
+            code = "InvalidAuthenticationInfo" if blob else "ExpiredAuthenticationToken"
+            raise ApiError(code, "The access token expired.", 401)
 
     def _manage(self, call: Call) -> tuple[int, list[tuple[str, str]], bytes]:
         if not call.path.startswith(("/operations/", "/serial/")):
-            self.may(call, call.action, call.path)
+            self.may(call, call.action, _scope(call))
             if "api-version" not in call.query:
                 raise ApiError("MissingApiVersionParameter", "api-version is required")
         with self.lock:
@@ -171,6 +175,14 @@ class Front:
 
     def _lost(self, call: Call) -> bool:
         return any(one.code == LOST and one.strikes(call, later=False) for one in self.faults)
+
+
+def _scope(call: Call) -> str:
+    """Say on what a right is needed: for the activity log, on the group that is asked about."""
+    _, named, group = call.query.get("$filter", "").partition("resourceGroupName eq ")
+    if not named:
+        return call.path
+    return call.path.replace("/providers/", f"/resourceGroups/{group.strip(chr(39))}/providers/")
 
 
 def _plain(

@@ -258,6 +258,7 @@ class Fleet:
     def _run(self) -> None:
         while not self._over.wait(TURN):
             with self._manager.lock:
+                self._manager.go_on()
                 for path, setting in list(self._manager.resources.items()):
                     if SETTING in path:
                         self._keep(setting["properties"])

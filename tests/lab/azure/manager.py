@@ -6,6 +6,7 @@ import base64
 import json
 import secrets
 import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ LONGEST_DATA = 64 * 1024  # of customData
 class Operation:
     """Something that goes on."""
 
-    looks: int  # until it is done
+    ready: float  # when it is done
     error: ApiError | None = None
     then: Callable[[], None] = lambda: None
 
@@ -47,7 +48,7 @@ class Manager:
         self.resources: dict[str, Any] = {}  # by identifier, in small letters
         self.registered = {"Microsoft.Compute", "Microsoft.Storage"}
         self.missing: set[str] = set()  # sizes that the region hasn't got
-        self.looks = 0  # that every operation takes
+        self.duration: float = 0  # seconds that every operation takes
         self.log: list[dict[str, Any]] = []
         self._operations: dict[str, Operation] = {}
         self.lock = threading.RLock()
@@ -77,6 +78,13 @@ class Manager:
         """Find the identifier of a storage account."""
         end = f"/storageaccounts/{name}"
         return next((one["id"] for key, one in self.resources.items() if key.endswith(end)), "")
+
+    def go_on(self) -> None:
+        """Let be what had to become of operations, whether anybody looks at them or not."""
+        for operation in list(self._operations.values()):
+            if operation.ready <= time.monotonic():
+                operation.then()
+                operation.then = lambda: None
 
     def write_down(self, path: str, action: str, status: str, said: Any = None) -> None:
         """Add to the activity log."""
@@ -324,7 +332,7 @@ class Manager:
             done()
             return (200 if status == 202 else status), [], body
         number = secrets.token_hex(6)
-        self._operations[number] = Operation(self.looks, error, done)
+        self._operations[number] = Operation(time.monotonic() + self.duration, error, done)
         url = f"{self._azure.manager_url}/operations/{number}"
         if call.kind.startswith("Microsoft.Storage"):  # which only knows the older way
             return 202, [("Location", url)], body
@@ -337,11 +345,9 @@ class Manager:
     def _look(self, call: Call) -> Answer:
         operation = self._operations[call.name]
         old = "api-version" not in call.query
-        operation.looks -= 1
-        if operation.looks >= 0:
+        if operation.ready > time.monotonic():
             return (202, [], None) if old else (200, [], {"status": "InProgress"})
-        operation.then()
-        operation.then = lambda: None
+        self.go_on()
         if operation.error:
             return 200, [], {"status": "Failed", **operation.error.body()}
         return 200, [], None if old else {"status": "Succeeded"}
