@@ -59,7 +59,8 @@ def wait(region: AzureRegion, condition: Any, what: str, timeout: float = 45) ->
     try:
         until(condition, what, timeout, 0.1)
     except Exception as error:
-        raise AssertionError(f"{error}\n{region.said()}") from error
+        calls = [(one.action, one.who[-20:], one.error) for one in region.azure.app.calls[-12:]]
+        raise AssertionError(f"{error}\n{region.azure.left()}\n{calls}\n{region.said()}") from error
 
 
 def ended(region: AzureRegion, name: str) -> str | None:
@@ -67,7 +68,7 @@ def ended(region: AzureRegion, name: str) -> str | None:
 
 
 def nothing_is_left(region: AzureRegion) -> None:
-    wait(region, lambda: region.azure.left() == [], f"all to go: {region.azure.left()}")
+    wait(region, lambda: region.azure.left() == [], "all to go")
     assert region.world.runners() == {}
     for machine in region.machines.values():
         machine.end()

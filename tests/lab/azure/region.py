@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from tests.lab.machines import Instance
 
+AFTER = 1  # second
+
 
 class AzureRegion(Region):
     """All of it."""
@@ -50,6 +52,8 @@ class AzureRegion(Region):
         return machines.seeded(instance)
 
     def end(self, instance: str) -> None:
-        """Take its power away; whoever has asked for that may be waiting for the same lock."""
+        """Take its power away, some time after Azure has said that it will."""
         if machine := self.machines.get(instance):
-            threading.Thread(target=machine.end, daemon=True).start()
+            timer = threading.Timer(AFTER, machine.end)
+            timer.daemon = True
+            timer.start()
