@@ -369,12 +369,21 @@ def test_throttling_is_waited_for(azure_rig: AzureRig) -> None:
 
 
 @pytest.mark.parametrize(
-    "action", [f"{SCALE_SETS}/write", "Microsoft.Insights/autoscalesettings/write"]
+    ("action", "method"),
+    [
+        (f"{SCALE_SETS}/write", "PUT"),
+        (f"{SCALE_SETS}/write", "PATCH"),
+        ("Microsoft.Insights/autoscalesettings/write", "PUT"),
+    ],
 )
-def test_an_answer_that_is_lost_launches_nothing_twice(azure_rig: AzureRig, action: str) -> None:
-    azure_rig.azure.fail(action, LOST)
+def test_an_answer_that_is_lost_launches_nothing_twice(
+    azure_rig: AzureRig, action: str, method: str
+) -> None:
+    fault = azure_rig.azure.fail(action, LOST, method=method)
     plan = launch(azure_rig)
+    assert fault.times == 0
     assert len(market(azure_rig)) == 1
+    assert "fixedDate" in setting(azure_rig, plan)["properties"]["profiles"][0]
     steps.delete(plan.resources)
     assert azure_rig.azure.left() == []
 
@@ -485,6 +494,14 @@ def test_which_credentials(nobody: pytest.MonkeyPatch, tmp_path: Any) -> None:
     nobody.delenv("AZURE_CONFIG_DIR")
     nobody.setattr(session, "_on_azure", lambda: True)
     assert isinstance(session._credential(), identity.ManagedIdentityCredential)
+
+
+def test_the_only_subscription(azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_SUBSCRIPTION_ID")
+    assert Cloud("us-west").tasks() == []
+    azure_rig.azure.manager.subscriptions.append("another")
+    with pytest.raises(CredentialsError, match=f"AZURE_SUBSCRIPTION_ID: {SUBSCRIPTION}, another"):
+        Cloud("us-west").tasks()
 
 
 def test_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:

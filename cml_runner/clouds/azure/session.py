@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STORAGE = "https://storage.azure.com/.default"
 CONNECT, READ = 5, 60  # seconds for a connection, and for an answer
+REPEATED = frozenset({"GET", "PUT", "PATCH", "POST", "DELETE"})  # all that we send may be
 POLL = 1  # second between two looks at what Azure is doing
 LONGEST = 900  # seconds that it may take
 ELSEWHERE = "AZURE_POD_IDENTITY_AUTHORITY_HOST"  # the SDK's, for a metadata service
@@ -55,7 +56,7 @@ class Session:
     """One subscription. Nothing is imported or sent before the first call."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def subscription(self) -> str:
@@ -169,7 +170,7 @@ class Session:
                 method, url, params=dict(query), headers={**own, **headers}, content=content
             )
             secure = url.startswith("https:")
-            answer = client.send_request(request, enforce_https=secure)
+            answer = client.send_request(request, enforce_https=secure, retry_on_methods=REPEATED)
         if answer.status_code >= HTTPStatus.BAD_REQUEST:
             path = url.partition("?")[0].removeprefix(arm.endpoint())
             raise arm.failure(answer.status_code, arm.parsed(answer.content), f"{method} {path}")
@@ -204,17 +205,11 @@ class Session:
     def _subscription(self) -> str:
         if found := os.environ.get("AZURE_SUBSCRIPTION_ID") or _of_cli():
             return found
-        with translated():
-            found = self._credential.get_token(f"{arm.RESOURCE}/.default").token
-        import requests
-
-        url = f"{arm.endpoint()}/subscriptions?api-version={arm.version('/subscriptions')}"
-        answer = requests.get(url, headers={"Authorization": f"Bearer {found}"}, timeout=30)
-        names = [one["subscriptionId"] for one in arm.parsed(answer.content).get("value", ())]
+        names = [str(one["subscriptionId"]) for one in self.pages("/subscriptions")]
         if len(names) != 1:
             msg = f"which subscription? set AZURE_SUBSCRIPTION_ID: {', '.join(names) or 'none'}"
             raise CredentialsError(msg)
-        return str(names[0])
+        return names[0]
 
 
 @contextmanager

@@ -56,11 +56,13 @@ class Fault:
     message: str
     times: float = 1
     status: int = 409
+    method: str = ""  # only this one
     later: bool = False  # the call is taken, but what it begins ends like this
 
     def strikes(self, call: Call, *, later: bool) -> bool:
         """Say if it is this call's turn."""
-        fits = self.action in ("*", call.action) and self.later == later and self.times > 0
+        fits = self.action in ("*", call.action) and self.method in ("", call.method)
+        fits = fits and self.later == later and self.times > 0
         self.times -= fits
         return fits
 

@@ -47,6 +47,7 @@ class Manager:
         self._azure = azure
         self.resources: dict[str, Any] = {}  # by identifier, in small letters
         self.registered = {"Microsoft.Compute", "Microsoft.Storage"}
+        self.subscriptions = [SUBSCRIPTION]
         self.missing: set[str] = set()  # sizes that the region hasn't got
         self.duration: float = 0  # seconds that every operation takes
         self.log: list[dict[str, Any]] = []
@@ -60,6 +61,8 @@ class Manager:
             return self._look(call)
         if call.path.startswith("/serial/"):
             return 200, [("Content-Type", "text/plain")], self.fleet.lives[call.name].console
+        if call.path == "/subscriptions":
+            return 200, [], {"value": [{"subscriptionId": one} for one in self.subscriptions]}
         special = {
             "Microsoft.Compute/skus": self._skus,
             "Microsoft.Insights/eventtypes/values": self._activities,
