@@ -9,6 +9,7 @@ import json
 import os
 import re
 from contextlib import suppress
+from datetime import datetime, timezone
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -150,6 +151,15 @@ def typed(code: str, text: str, action: str) -> RunnerError:
     if found in ("capacity", "quota"):
         return NoCapacity(f"{text} ({code})")
     return RunnerError(f"{action}: {text} ({code})")
+
+
+def moment(text: str | None, otherwise: datetime | None = None) -> datetime:
+    """Read a time, which may have seven digits after its point."""
+    if not text:
+        return otherwise or datetime.now(timezone.utc)
+    plain = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text)
+    found = datetime.fromisoformat(plain.replace("Z", "+00:00"))
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
 
 
 def _errors(content: Any) -> Iterator[tuple[str, str]]:

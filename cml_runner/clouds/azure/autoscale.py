@@ -9,6 +9,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from cml_runner.clouds.azure import arm
+
 KIND = "Insights/autoscalesettings"
 COUNT = "cml-runner-count"  # tag: how many machines are wanted, and have left already
 GONE = "gone-"  # what the names of objects begin with by which machines say that they leave
@@ -60,7 +62,7 @@ def wanted(found: dict[str, Any]) -> tuple[int, datetime | None]:
     """Read for how many machines it was made, those that have left included, and until when."""
     (run,) = (one for one in found["properties"]["profiles"] if one["name"] == RUN)
     window = run.get("fixedDate")
-    until = datetime.fromisoformat(window["end"].replace("Z", "+00:00")) if window else None
+    until = arm.moment(window["end"]) if window else None
     return int(found["tags"][COUNT]), until
 
 

@@ -335,9 +335,9 @@ def _status(machine: Mapping[str, Any]) -> Literal["starting", "running", "stopp
 def _happenings(machine: Mapping[str, Any]) -> list[Happening]:
     """Say what a machine's own state tells."""
     found, name = [], machine["name"]
-    created = _time(machine["properties"].get("timeCreated"))
+    created = arm.moment(machine["properties"].get("timeCreated"))
     for one in _codes(machine):
-        code, at = one["code"], _time(one.get("time"), created)
+        code, at = one["code"], arm.moment(one.get("time"), created)
         if code.startswith("ProvisioningState/failed"):
             text = one.get("message") or one.get("displayStatus") or code
             found.append(_failed(at, code.rpartition("/")[2], f"{name}: {text}"))
@@ -355,7 +355,7 @@ def _failed(at: datetime, code: str, text: str) -> Happening:
 def _activity(entry: Mapping[str, Any]) -> Happening | None:
     """Understand an entry of the activity log; None for what is of no interest."""
     name = entry.get("operationName", {}).get("value", "")
-    at, machine = _time(entry.get("eventTimestamp")), entry["resourceId"].rpartition("/")[2]
+    at, machine = arm.moment(entry.get("eventTimestamp")), entry["resourceId"].rpartition("/")[2]
     if EVICTED.search(name):
         return Happening(at=at, kind="interruption", message=f"{machine} was evicted")
     if entry.get("status", {}).get("value") != "Failed":
@@ -365,12 +365,3 @@ def _activity(entry: Mapping[str, Any]) -> Happening | None:
         code, said = arm.details(json.loads(text))
         return _failed(at, code, said)
     return Happening(at=at, kind="error", message=f"{name} failed: {text}".rstrip(": "))
-
-
-def _time(text: str | None, otherwise: datetime | None = None) -> datetime:
-    """Read a time, which may have seven digits after its point."""
-    if not text:
-        return otherwise or datetime.now(timezone.utc)
-    plain = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text)
-    found = datetime.fromisoformat(plain.replace("Z", "+00:00"))
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)

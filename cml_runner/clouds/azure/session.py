@@ -261,7 +261,10 @@ def _credential() -> TokenCredential:
 
 
 def _on_azure() -> bool:
-    variables = (ELSEWHERE, "IDENTITY_ENDPOINT", "MSI_ENDPOINT")
+    """Say if there may be a metadata service with our identity; an empty variable denies it."""
+    if ELSEWHERE in os.environ:
+        return bool(os.environ[ELSEWHERE])
+    variables = ("IDENTITY_ENDPOINT", "MSI_ENDPOINT")
     try:
         return any(map(os.environ.get, variables)) or CHASSIS.read_text().strip() == OF_AZURE
     except OSError:

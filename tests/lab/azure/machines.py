@@ -294,7 +294,8 @@ def _profile(profiles: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    whole, _, part = text.rstrip("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}.{part.ljust(6, '0')[:6]}+00:00")
 
 
 def _text(at: datetime) -> str:

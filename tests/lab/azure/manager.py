@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
 import threading
 import time
@@ -27,6 +28,8 @@ SUBSCRIPTION = "12345678-1234-1234-1234-123456789012"
 SCALE_SETS = "Microsoft.Compute/virtualMachineScaleSets"
 MACHINES = "Microsoft.Compute/virtualMachines"
 IDENTITIES = "Microsoft.ManagedIdentity/userAssignedIdentities"
+SETTINGS = "Microsoft.Insights/autoscalesettings"
+TIMES = re.compile(r"T\d\d:\d\d:\d\d\.\d{3}(?=Z)")
 SLOW = ("Microsoft.Compute/", "Microsoft.Network/", "Microsoft.Storage/storageAccounts")
 LONGEST_DATA = 64 * 1024  # of customData
 
@@ -125,6 +128,8 @@ class Manager:
             self._linked(call)
             self._scale_set(body)
         made = {"id": call.path, "name": call.name, "type": call.kind, **body}
+        if call.kind == SETTINGS:  # times come back with seven digits
+            made = json.loads(TIMES.sub(r"\g<0>0000", json.dumps(made)))
         made["properties"] = {**made.get("properties", {}), "provisioningState": "Succeeded"}
         self._born(call, made)
         self.resources[call.path.lower()] = made
