@@ -86,7 +86,7 @@ def test_a_machine_is_closed_and_tagged(azure_rig: AzureRig) -> None:
     found = scale_set(azure_rig, wanted)
     assert found["zones"] == ["1", "2", "3"]
     assert found["identity"]["userAssignedIdentities"] == {PLACE.identity: {}}
-    own = {"Name": "train", "team": "vision", "cml-runner-id": str(wanted.id)}
+    own = {"name": "train", "team": "vision", "cml-runner-id": str(wanted.id)}
     assert found["tags"].items() >= own.items()
     profile = found["properties"]["virtualMachineProfile"]
     assert (profile["priority"], profile["evictionPolicy"]) == ("Spot", "Delete")
@@ -104,6 +104,14 @@ def test_a_machine_is_closed_and_tagged(azure_rig: AzureRig) -> None:
     script = base64.b64decode(system["customData"]).decode()
     assert f"az://cml-runner/tasks/{wanted.id}?account_name={PLACE.storage}" in script
     assert f"#azure/westus2/{wanted.id}" in script
+
+
+def test_tags_differ_in_more_than_case(azure_rig: AzureRig) -> None:
+    wanted = replace(task(azure_rig), tags={"Team": "a", "team": "b" * 300, "name": "x"})
+    launch(azure_rig, wanted)
+    tags = scale_set(azure_rig, wanted)["tags"]
+    assert tags["team"] == "b" * 256
+    assert "Team" not in tags
 
 
 def test_nothing_comes_in(azure_rig: AzureRig) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cml_runner.model import Identifier, Task
 
 LAUNCH = timedelta(hours=1)  # the longest that one can take
+LONGEST_TAG = 256  # characters of a value
 ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")  # obstore's, to put blobs elsewhere
 
 
@@ -193,6 +194,9 @@ class Settings:
 
 
 def tags(task: Task, identity: str, **more: Any) -> dict[str, str]:
-    """Tag resources as the task's own."""
-    own = {"Name": task.tags.get("name", str(task.id)), TAG: str(task.id), IDENTITY: identity}
-    return {name: str(value)[:256] for name, value in {**task.tags, **own, **more}.items()}
+    """Tag resources as the task's own; names that differ in nothing but case are one to Azure."""
+    own = {TAG: str(task.id), IDENTITY: identity, **more}
+    found: dict[str, tuple[str, Any]] = {}
+    for name, value in {**task.tags, **own}.items():
+        found[name.lower()] = (name, value)
+    return {name: str(value)[:LONGEST_TAG] for name, value in found.values()}

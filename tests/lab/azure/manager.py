@@ -123,6 +123,7 @@ class Manager:
             raise ApiError("InvalidRequestContent", "; ".join(wrong))
         old = self.resources.get(call.path.lower())
         self._parents(call)
+        _tagged(body.get("tags", {}))
         if call.kind == SCALE_SETS:
             self._must_be_new(call, old)
             self._linked(call)
@@ -369,3 +370,13 @@ class Manager:
 
     def _absent(self, call: Call) -> ApiError:
         return ApiError("ResourceNotFound", f"The Resource '{call.path}' was not found.", 404)
+
+
+def _tagged(tags: dict[str, str]) -> None:
+    """Refuse tags that Azure wouldn't take; their names are the same whatever their case is."""
+    names = [name.lower() for name in tags]
+    if len(set(names)) < len(names) or len(names) > 50:
+        raise ApiError("InvalidTagNameOrValue", f"duplicate tags, or too many: {names}")
+    for name, value in tags.items():
+        if set(name) & set("<>%&\\?/") or len(value) > 256:
+            raise ApiError("InvalidTagNameOrValue", f"{name}: {value}")
