@@ -22,14 +22,14 @@ def setting(
     region: str,
     target: str,
     bounds: tuple[int, int],
-    until: datetime | None,
+    end: datetime | None,
     tags: dict[str, str],
 ) -> dict[str, Any]:
     """Describe it, for that many machines at least and at most; the tags must have a COUNT."""
     profiles = [_profile(RUN, *bounds)]
-    if until:
+    if end:
         start = datetime.now(timezone.utc) - EARLIER
-        window = {"timeZone": "UTC", "start": _text(min(start, until)), "end": _text(until)}
+        window = {"timeZone": "UTC", "start": _text(min(start, end)), "end": _text(end)}
         profiles = [{**profiles[0], "fixedDate": window}, _profile(OVER, 0, 0)]
     return {
         "location": region,
@@ -43,27 +43,35 @@ def lowered(found: dict[str, Any], gone: int) -> dict[str, Any] | None:
 
     The most that there may be stays: by that, Azure would end machines of its own choice.
     """
-    least = max(0, int(found["tags"][COUNT]) - gone)
-    profiles = found["properties"]["profiles"]
-    (run,) = (one for one in profiles if one["name"] == RUN)
-    if int(run["capacity"]["minimum"]) <= least:
-        return None
-    capacity = {**run["capacity"], "minimum": str(least), "default": str(least)}
-    others = [one for one in profiles if one is not run]
-    properties = {name: found["properties"][name] for name in ("enabled", "targetResourceUri")}
-    return {
-        "location": found["location"],
-        "tags": found["tags"],
-        "properties": {**properties, "profiles": [{**run, "capacity": capacity}, *others]},
-    }
+    least, most = _bounds(found)
+    wanted = max(0, int(found["tags"][COUNT]) - gone)
+    return None if least <= wanted else _again(found, (wanted, most), until(found))
 
 
-def wanted(found: dict[str, Any]) -> tuple[int, datetime | None]:
-    """Read for how many machines it was made, those that have left included, and until when."""
-    (run,) = (one for one in found["properties"]["profiles"] if one["name"] == RUN)
-    window = run.get("fixedDate")
-    until = arm.moment(window["end"]) if window else None
-    return int(found["tags"][COUNT]), until
+def moved(found: dict[str, Any], end: datetime | None) -> dict[str, Any]:
+    """Give it another end, and nothing else."""
+    return _again(found, _bounds(found), end)
+
+
+def until(found: dict[str, Any]) -> datetime | None:
+    """Read its end."""
+    window = _run(found).get("fixedDate")
+    return arm.moment(window["end"]) if window else None
+
+
+def _again(found: dict[str, Any], bounds: tuple[int, int], end: datetime | None) -> dict[str, Any]:
+    target = found["properties"]["targetResourceUri"]
+    return setting(found["location"], target, bounds, end, found["tags"])
+
+
+def _bounds(found: dict[str, Any]) -> tuple[int, int]:
+    capacity = _run(found)["capacity"]
+    return int(capacity["minimum"]), int(capacity["maximum"])
+
+
+def _run(found: dict[str, Any]) -> dict[str, Any]:
+    profiles: list[dict[str, Any]] = found["properties"]["profiles"]
+    return next(one for one in profiles if one["name"] == RUN)
 
 
 def _profile(name: str, least: int, most: int) -> dict[str, Any]:

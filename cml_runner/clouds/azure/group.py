@@ -89,7 +89,7 @@ class Group:
             self.empty = False
             return
         with suppress(NotFound):
-            self.expires = autoscale.wanted(self._setting())[1]
+            self.expires = autoscale.until(self._setting())
         gone = len(self.bucket.store.keys(autoscale.GONE))
         self._hold(count, self.expires, gone)
         self.operation = self._patch({"sku": {**self._sku(), "capacity": count}})
@@ -122,8 +122,9 @@ class Group:
         """Set the group's end, if it is another than before; with that, the task is launched."""
         if not self.fresh or at != self.expires:
             with suppress(NotFound):
-                count, _ = autoscale.wanted(self._setting())
-                self._hold(count - (gone := self._left()), at, gone)
+                moved = autoscale.moved(self._setting(), at)
+                self.session.call("PUT", self.setting, moved)
+                self.expires = at
         self.bucket.renew(at)
 
     def interrupt(self, instance: str, after: float) -> None:
@@ -244,9 +245,6 @@ class Group:
 
     def _setting(self) -> dict[str, Any]:
         return self.session.call("GET", self.setting)
-
-    def _left(self) -> int:
-        return len(self.bucket.store.keys(autoscale.GONE))
 
     def _describe(self) -> dict[str, Any] | None:
         try:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tests.lab.azure.manager import Manager
 
+IDLE = 0.5  # seconds until a setting that was written is looked at; it takes Azure minutes
 TURN = 0.05  # seconds between two looks at all settings
 AGAIN = 1.0  # seconds before one that could start nothing tries again
 SHORT = 0.1  # seconds that a machine takes to start, and to go
@@ -260,7 +261,7 @@ class Fleet:
             with self._manager.lock:
                 self._manager.go_on()
                 for path, setting in list(self._manager.resources.items()):
-                    if SETTING in path:
+                    if SETTING in path and self._manager.age(path) > IDLE:
                         self._keep(setting["properties"])
 
     def _keep(self, setting: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ class Manager:
         self.subscriptions = [SUBSCRIPTION]
         self.missing: set[str] = set()  # sizes that the region hasn't got
         self.duration: float = 0  # seconds that every operation takes
+        self._written: dict[str, float] = {}
         self.log: list[dict[str, Any]] = []
         self._operations: dict[str, Operation] = {}
         self.lock = threading.RLock()
@@ -84,6 +85,10 @@ class Manager:
         """Find the identifier of a storage account."""
         end = f"/storageaccounts/{name}"
         return next((one["id"] for key, one in self.resources.items() if key.endswith(end)), "")
+
+    def age(self, path: str) -> float:
+        """Say how many seconds ago something was last written."""
+        return time.monotonic() - self._written[path]
 
     def go_on(self) -> None:
         """Let be what had to become of operations, whether anybody looks at them or not."""
@@ -134,6 +139,7 @@ class Manager:
         made["properties"] = {**made.get("properties", {}), "provisioningState": "Succeeded"}
         self._born(call, made)
         self.resources[call.path.lower()] = made
+        self._written[call.path.lower()] = time.monotonic()
         then = self._forgotten(call.path) if not old else lambda: None
         return self._accepted(call, 200 if old else 201, made, failed=then)
 
