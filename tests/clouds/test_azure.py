@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cml_runner import bootstrap, inventory, steps
-from cml_runner.clouds.azure import Cloud, account, machine, session
+from cml_runner.clouds.azure import Cloud, account, arm, machine, session
 from cml_runner.clouds.azure.account import Place
 from cml_runner.errors import (
     AlreadyExists,
@@ -458,6 +459,54 @@ def test_records_of_an_older_task_of_this_name_go(azure_rig: AzureRig) -> None:
     launch(azure_rig, wanted)
     assert store.keys("") == ["settings.json"]
     assert store.read("settings.json") == b"{}"
+
+
+NESTED = json.dumps({"error": {"code": "AllocationFailed", "message": "no room"}})
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind", "said"),
+    [
+        (409, {"code": "SkuNotAvailable", "message": "gone"}, NoCapacity, r"gone \(SkuNot"),
+        (409, {"code": "Conflict", "message": NESTED}, NoCapacity, r"no room \(Allocation"),
+        (
+            409,
+            {
+                "code": "DeploymentFailed",
+                "message": "see inside",
+                "details": [{"code": "ZonalAllocationFailed", "message": "full"}],
+            },
+            NoCapacity,
+            r"full \(Zonal",
+        ),
+        (
+            409,
+            {"code": "OperationNotAllowed", "message": "exceeding approved LowPriorityCores quota"},
+            NoCapacity,
+            "quota",
+        ),
+        (
+            409,
+            {"code": "OperationNotAllowed", "message": "not while it runs"},
+            RunnerError,
+            "not w",
+        ),
+        (409, {"code": "Conflict", "message": "x is being deleted."}, AlreadyExists, "deleted"),
+        (412, {"code": "PreconditionFailed", "message": "there"}, AlreadyExists, "there"),
+        (404, {"code": "ResourceGroupNotFound", "message": "no"}, NotFound, "no"),
+        (401, {"code": "ExpiredAuthenticationToken", "message": "x"}, CredentialsError, "az login"),
+        (401, {}, CredentialsError, "AZURE_CLIENT_ID"),
+        (403, {"code": "AuthorizationFailed", "message": "x"}, CredentialsError, "permissions az"),
+        (403, {"code": "ReadOnlyDisabledSubscription", "message": "x"}, CredentialsError, "Disab"),
+        (500, {"code": "InternalServerError", "message": "oops"}, RunnerError, "oops"),
+    ],
+)
+def test_what_azures_errors_mean(
+    status: int, error: dict[str, Any], kind: type[RunnerError], said: str
+) -> None:
+    found = arm.failure(status, {"error": error}, "PUT /x")
+    assert type(found) is kind
+    assert re.search(said, str(found))
 
 
 # Credentials

@@ -28,7 +28,7 @@ def leave(region: str, identifier: Identifier, *, last: bool) -> None:
     It goes on trying: a machine that just powered itself off would be paid for.
     """
     me = machine.compute()
-    if not me or me.get("vmScaleSetName") != str(identifier):
+    if not me or me.get("vmScaleSetName", "").lower() != str(identifier):
         return
     leaving = Leaving(machine.Manager(me), Place(me["subscriptionId"], region), identifier)
     steps = leaving.everything() if last else leaving.alone()

@@ -37,14 +37,19 @@ def metadata(path: str, **query: str) -> Any:
     request.add_header("Metadata", "true")
     opener = build_opener(ProxyHandler({}))  # it is never behind a proxy
     with opener.open(request, timeout=TIMEOUT) as answer:
-        return json.loads(answer.read())
+        content = answer.read()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        msg = f"the metadata service answers {content[:80]!r}"
+        raise OSError(msg) from error
 
 
 def compute() -> dict[str, Any]:
     """Say which machine this is; empty if it isn't one of Azure."""
     try:
         found: dict[str, Any] = metadata("instance/compute", **{"api-version": COMPUTE})
-    except (OSError, ValueError):
+    except OSError:
         return {}
     return found
 

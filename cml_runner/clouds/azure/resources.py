@@ -119,7 +119,10 @@ class Bucket:
     def create(self) -> bool:
         """Put the lease there, unless there is one; before that, see if all else can be had."""
         assert self.site
-        self.site.look(self.place)
+        with ThreadPoolExecutor(1) as pool:
+            login = pool.submit(self.session.credentials)  # which takes a call of its own
+            self.site.look(self.place)
+            login.result()
         if exists(self.place):
             try:
                 return self._claim()

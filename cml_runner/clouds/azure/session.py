@@ -144,8 +144,10 @@ class Session:
 
     def credentials(self) -> dict[str, Any]:
         """Return what opens the storage account, in obstore's terms; it asks when that expires."""
-        with translated(), self._lock:
-            found = self._credential.get_token(STORAGE)
+        with translated():
+            with self._lock:
+                credential = self._credential
+            found = credential.get_token(STORAGE)
         return {
             "token": found.token,
             "expires_at": datetime.fromtimestamp(found.expires_on, timezone.utc),

@@ -46,7 +46,7 @@ class Site:
         try:
             listed = self._session.pages(path, where)
         except CredentialsError as error:
-            log.info("not looking which sizes %s has: %s", place.region, error)
+            log.debug("not looking which sizes %s has: %s", place.region, error)
             return
         there = {one["name"]: one for one in listed if one["resourceType"] == "virtualMachines"}
         found = tuple(name for name in self.types if self._offered(there.get(name)))
