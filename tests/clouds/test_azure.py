@@ -329,6 +329,19 @@ def test_what_hinders_the_group_later_is_told(
     until(lambda: {"quota", "interruption"} <= kinds(plan), "the events", 10, 0.05)
 
 
+def test_what_became_of_an_older_task_of_this_name_is_no_event(azure_rig: AzureRig) -> None:
+    wanted = task(azure_rig)
+    path = Cloud("us-west").plan(wanted).group.path  # type: ignore[attr-defined]
+    error = {"error": {"code": "AllocationFailed", "message": "no room"}}
+    azure_rig.azure.manager.write_down(path, f"{SCALE_SETS}/write", "Failed", error)
+    old = azure_rig.azure.manager.log[-1]
+    old["eventTimestamp"] = f"{datetime.now(timezone.utc) - timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+    plan = launch(azure_rig, wanted)
+    assert kinds(plan) == {"info"}
+    seen_by_others = Cloud("us-west").plan(Task(id=wanted.id))
+    assert "capacity" in kinds(seen_by_others)
+
+
 def test_a_machine_that_powered_itself_off_is_an_error(azure_rig: AzureRig) -> None:
     plan = launch(azure_rig)
     (name,) = azure_rig.azure.fleet.lives

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cml_runner import wait
-from cml_runner.clouds.azure import arm, autoscale, virtual
+from cml_runner.clouds.azure import arm, autoscale, states, virtual
 from cml_runner.clouds.azure.machine import INTERRUPT
 from cml_runner.clouds.azure.resources import tags
 from cml_runner.errors import AlreadyExists, CredentialsError, NoCapacity, NotFound, RunnerError
@@ -34,15 +32,6 @@ LONGEST = 900  # seconds for a scale set to vanish with its machines
 HISTORY = timedelta(days=5)  # of what Azure writes down
 FRESH = 15  # seconds before it is asked again what it has written down
 RECORD = "events-"  # objects with what the machine can't tell any more
-EVICTED = re.compile(r"evict|preempt", re.IGNORECASE)
-STATUS: Mapping[str, Literal["running", "stopping"]] = {
-    "PowerState/running": "running",
-    "PowerState/stopping": "stopping",
-    "PowerState/stopped": "stopping",
-    "PowerState/deallocating": "stopping",
-    "PowerState/deallocated": "stopping",
-}
-STOPPED = ("PowerState/stopped", "PowerState/deallocated")
 
 
 @dataclass(eq=False)
@@ -104,7 +93,7 @@ class Group:
         return [
             Instance(
                 id=one["name"],
-                status=_status(one),
+                status=states.status(one),
                 address=known.get(one["id"].lower(), ""),
             )
             for one in machines
@@ -114,7 +103,7 @@ class Group:
         """Say what became of starting machines, how they are, and what Azure has written down."""
         with ThreadPoolExecutor(3) as pool:
             parts = [pool.submit(one) for one in (self._starting, self._written, self._recorded)]
-            found = [event for one in self._machines() for event in _happenings(one)]
+            found = [event for one in self._machines() for event in states.happenings(one)]
             found += [event for part in parts for event in part.result()]
         return sorted(found, key=lambda one: one.at)
 
@@ -129,7 +118,7 @@ class Group:
 
     def interrupt(self, instance: str, after: float) -> None:
         """Tag a machine, which learns of it, ends its job and itself."""
-        running = [one["name"] for one in self._machines() if _status(one) == "running"]
+        running = [one["name"] for one in self._machines() if states.status(one) == "running"]
         name = instance or next(iter(running), "")
         if name not in running:
             msg = f"{self.name} has no running machine {name}".rstrip()
@@ -147,7 +136,7 @@ class Group:
         """Ask for one console after the other, until one has anything written on it."""
 
         def order(one: dict[str, Any]) -> tuple[bool, str]:
-            return _status(one) == "stopping", str(one["properties"].get("timeCreated", ""))
+            return states.status(one) == "stopping", str(one["properties"].get("timeCreated", ""))
 
         for one in sorted(self._machines(), key=order, reverse=True):
             if text := self._console(one["name"]):
@@ -280,7 +269,7 @@ class Group:
         state, content = self.session.state(self.operation)
         if state == "Failed":
             code, text = arm.details(content)
-            return [_failed(datetime.now(timezone.utc), code, text)]
+            return [states.failed(datetime.now(timezone.utc), code, text)]
         if state == "Succeeded":
             self.operation = ""
         return []
@@ -298,13 +287,15 @@ class Group:
         place = self.bucket.place
         path = f"/subscriptions/{place.subscription}/providers/Microsoft.Insights/eventtypes"
         since = datetime.now(timezone.utc) - HISTORY
+        if self.bucket.ours:  # what became of an older task of this name isn't ours
+            since = self.bucket.ours[0].created
         query = f"eventTimestamp ge '{since:%Y-%m-%dT%H:%M:%SZ}'"
         query += f" and resourceGroupName eq '{place.group}'"
         listed = []
         with suppress(CredentialsError):  # it is not so important
             listed = self.session.pages(f"{path}/management/values", {"$filter": query})
         ours = (one for one in listed if self.name in str(one.get("resourceId", "")).lower())
-        found = [event for one in ours if (event := _activity(one))]
+        found = [event for one in ours if (event := states.activity(one))]
         self._read = (time.monotonic(), found)
         return found
 
@@ -315,51 +306,3 @@ class Group:
             if url := found.get("serialConsoleLogBlobUri"):
                 return self.session.read(url)
         return ""
-
-
-def _codes(machine: Mapping[str, Any]) -> list[dict[str, Any]]:
-    view = machine["properties"].get("instanceView") or {}
-    found: list[dict[str, Any]] = view.get("statuses", [])
-    return found
-
-
-def _status(machine: Mapping[str, Any]) -> Literal["starting", "running", "stopping"]:
-    if machine["properties"].get("provisioningState") in ("Deleting", "Failed"):
-        return "stopping"
-    codes = [one["code"] for one in _codes(machine)]
-    return next((STATUS[code] for code in codes if code in STATUS), "starting")
-
-
-def _happenings(machine: Mapping[str, Any]) -> list[Happening]:
-    """Say what a machine's own state tells."""
-    found, name = [], machine["name"]
-    created = arm.moment(machine["properties"].get("timeCreated"))
-    for one in _codes(machine):
-        code, at = one["code"], arm.moment(one.get("time"), created)
-        if code.startswith("ProvisioningState/failed"):
-            text = one.get("message") or one.get("displayStatus") or code
-            found.append(_failed(at, code.rpartition("/")[2], f"{name}: {text}"))
-        elif code in STOPPED:
-            text = f"{name} ended by itself: {code.rpartition('/')[2]}"
-            found.append(Happening(at=at, kind="error", message=text))
-    found.append(Happening(at=created, kind="info", message=f"{name} was made"))
-    return found
-
-
-def _failed(at: datetime, code: str, text: str) -> Happening:
-    return Happening(at=at, kind=arm.kind(code, text), message=f"{text} ({code})")
-
-
-def _activity(entry: Mapping[str, Any]) -> Happening | None:
-    """Understand an entry of the activity log; None for what is of no interest."""
-    name = entry.get("operationName", {}).get("value", "")
-    at, machine = arm.moment(entry.get("eventTimestamp")), entry["resourceId"].rpartition("/")[2]
-    if EVICTED.search(name):
-        return Happening(at=at, kind="interruption", message=f"{machine} was evicted")
-    if entry.get("status", {}).get("value") != "Failed":
-        return None
-    text = entry.get("properties", {}).get("statusMessage", "")
-    with suppress(ValueError):
-        code, said = arm.details(json.loads(text))
-        return _failed(at, code, said)
-    return Happening(at=at, kind="error", message=f"{name} failed: {text}".rstrip(": "))

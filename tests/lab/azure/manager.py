@@ -210,8 +210,9 @@ class Manager:
 
     def _activities(self, call: Call) -> Answer:
         group = call.query["$filter"].rpartition(" eq ")[2].strip("'")
+        since = call.query["$filter"].split("'")[1].rstrip("Z")
         ours = [one for one in self.log if f"/{group}/" in one["resourceId"]]
-        return 200, [], {"value": ours}
+        return 200, [], {"value": [one for one in ours if one["eventTimestamp"] >= since]}
 
     def _provider(self, call: Call) -> Answer:
         if call.method == "POST":
