@@ -681,6 +681,17 @@ def test_a_subscription_that_nobody_has_set_up(
     assert azure_rig.azure.left("eastus") == []
 
 
+def test_a_role_that_is_not_known_everywhere_yet(azure_rig: AzureRig) -> None:
+    pauses: list[float] = []
+    action = "Microsoft.Authorization/roleAssignments/write"
+    azure_rig.azure.fail(action, "RoleDefinitionDoesNotExist", times=2, status=400)
+    place = Place(SUBSCRIPTION, "eastus")
+    new = account.Shared(session.Session(), place, sleep=pauses.append).setup()
+    assert "role of machines" in new
+    assert len(pauses) == 2
+    assert azure_rig.cloud.setup() == []
+
+
 def test_setting_up_twice_changes_nothing(azure_rig: AzureRig) -> None:
     assert azure_rig.cloud.setup() == []
 

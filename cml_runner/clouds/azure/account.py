@@ -37,6 +37,8 @@ LEASES, TASKS = "leases", "tasks"  # what is in the container
 KEPT = 30  # days
 PROVIDERS = ("Compute", "Network", "Storage", "ManagedIdentity", "Insights")
 REGISTERED = 300  # seconds that the registration of a provider may take
+SPREAD = 120  # seconds until a new role and a new identity are known everywhere
+UNKNOWN = ("RoleDefinitionDoesNotExist", "PrincipalNotFound")
 NAMESPACE = uuid.UUID("6d8a1b0e-6f4e-4a53-9a0c-5b6f4f6a2c11")  # of the names of our roles
 BLOBS = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
 OBJECTS = [f"{BLOBS}/read", f"{BLOBS}/write", f"{BLOBS}/delete"]
@@ -216,7 +218,14 @@ class Shared:
             "principalType": "ServicePrincipal",  # or it must be known everywhere already
         }
         assignment = f"{kind}/roleAssignments/{place.guid('machines')}"
-        return self._make(assignment, {"properties": properties})
+        end = time.monotonic() + SPREAD
+        while True:
+            try:
+                return self._make(assignment, {"properties": properties})
+            except RunnerError as error:  # what was just made isn't known everywhere
+                if not any(code in str(error) for code in UNKNOWN) or time.monotonic() > end:
+                    raise
+                self._sleep(2)
 
     def _storage(self) -> bool:
         properties = {
@@ -247,11 +256,6 @@ class Shared:
         except NotFound:
             self._session.call("PUT", path, body)
             return True
-        except CredentialsError:
-            raise
-        except RunnerError as error:
-            msg = f"can't look at {path}: {error}"
-            raise RunnerError(msg) from error
         return False
 
 

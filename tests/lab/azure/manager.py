@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import secrets
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from tests.lab.azure import models, skus
+from tests.lab.azure import models, rules, skus
 from tests.lab.azure.machines import MESSAGES, Fleet
 from tests.lab.azure.wire import ApiError, Call
 
@@ -31,7 +30,6 @@ IDENTITIES = "Microsoft.ManagedIdentity/userAssignedIdentities"
 SETTINGS = "Microsoft.Insights/autoscalesettings"
 TIMES = re.compile(r"T\d\d:\d\d:\d\d\.\d{3}(?=Z)")
 SLOW = ("Microsoft.Compute/", "Microsoft.Network/", "Microsoft.Storage/storageAccounts")
-LONGEST_DATA = 64 * 1024  # of customData
 
 
 @dataclass
@@ -128,11 +126,11 @@ class Manager:
             raise ApiError("InvalidRequestContent", "; ".join(wrong))
         old = self.resources.get(call.path.lower())
         self._parents(call)
-        _tagged(body.get("tags", {}))
+        rules.tags(body.get("tags", {}))
         if call.kind == SCALE_SETS:
             self._must_be_new(call, old)
             self._linked(call)
-            self._scale_set(body)
+            rules.scale_set(body)
         made = {"id": call.path, "name": call.name, "type": call.kind, **body}
         if call.kind == SETTINGS:  # times come back with seven digits
             made = json.loads(TIMES.sub(r"\g<0>0000", json.dumps(made)))
@@ -154,7 +152,7 @@ class Manager:
         found["properties"] = {**found["properties"], **call.body.get("properties", {})}
         if found["sku"]["name"] != "Mix":
             found["properties"].pop("skuProfile", None)
-        self._sizes(found)
+        rules.sizes(found)
         if code := self.fleet.refused(call.path):
             self.resources[call.path.lower()] = before
             raise ApiError(code, MESSAGES[code], 409)
@@ -280,39 +278,6 @@ class Manager:
         if name not in [one["name"] for one in subnets]:
             raise ApiError("InvalidResourceReference", f"no subnet {subnet}", 400)
 
-    def _scale_set(self, body: Any) -> None:
-        properties = body["properties"]
-        profile = properties["virtualMachineProfile"]
-        if properties.get("orchestrationMode") != "Flexible":
-            raise ApiError("InvalidParameter", "this lab has Flexible scale sets only")
-        if "networkApiVersion" not in profile["networkProfile"]:
-            raise ApiError("InvalidParameter", "networkApiVersion must be specified")
-        system = profile["osProfile"]
-        if not system["linuxConfiguration"]["ssh"]["publicKeys"][0]["keyData"].startswith("ssh-"):
-            raise ApiError("InvalidParameter", "linuxConfiguration.ssh.publicKeys is invalid")
-        if len(base64.b64decode(system["customData"])) > LONGEST_DATA:
-            raise ApiError("InvalidParameter", "customData is too long")
-        image = profile["storageProfile"]["imageReference"]
-        if image.get("publisher", "Canonical") not in skus.PUBLISHERS:
-            raise ApiError(
-                "PlatformImageNotFound", f"The platform image '{image}' is not available.", 404
-            )
-        self._sizes(body)
-
-    def _sizes(self, body: Any) -> None:
-        sku, properties = body["sku"], body["properties"]
-        names = [sku["name"]]
-        if names == ["Mix"]:
-            names = [one["name"] for one in properties["skuProfile"]["vmSizes"]]
-            if not skus.mixable(names):
-                raise ApiError("InvalidParameter", f"can't mix {names}")
-        spot = properties["virtualMachineProfile"].get("priority") == "Spot"
-        for name in names:
-            if name not in skus.NAMES:
-                raise ApiError("InvalidParameter", f"The value {name} of sku.name is invalid.")
-            if spot and name in skus.NO_SPOT:
-                raise ApiError("OperationNotAllowed", f"{name} can't be of priority Spot", 409)
-
     def _parents(self, call: Call) -> None:
         """See that what it belongs to is there."""
         scope = call.path.partition("/providers/")[0].lower()
@@ -377,13 +342,3 @@ class Manager:
 
     def _absent(self, call: Call) -> ApiError:
         return ApiError("ResourceNotFound", f"The Resource '{call.path}' was not found.", 404)
-
-
-def _tagged(tags: dict[str, str]) -> None:
-    """Refuse tags that Azure wouldn't take; their names are the same whatever their case is."""
-    names = [name.lower() for name in tags]
-    if len(set(names)) < len(names) or len(names) > 50:
-        raise ApiError("InvalidTagNameOrValue", f"duplicate tags, or too many: {names}")
-    for name, value in tags.items():
-        if set(name) & set("<>%&\\?/") or len(value) > 256:
-            raise ApiError("InvalidTagNameOrValue", f"{name}: {value}")
