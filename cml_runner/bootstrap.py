@@ -49,7 +49,7 @@ FailureAction=poweroff-force
 
 [Service]
 ExecStart=/opt/cml-runner/bin/python -m cml_runner.supervise {unit_url}
-Environment=HOME=/root LANG=C.UTF-8
+{stopped}Environment=HOME=/root LANG=C.UTF-8
 WorkingDirectory=/root
 OOMScoreAdjust=-900
 OOMPolicy=continue
@@ -150,13 +150,13 @@ failed() {{
   done
   sync
   sleep 2
-  systemctl --force poweroff || poweroff -f
+{end}  systemctl --force poweroff || poweroff -f
 }}
 trap failed EXIT
 (sleep {patience}m; step='not done within {patience} minutes'; failed) &
 watch=$!
 
-{deadline}
+{prelude}{deadline}
 # Clones of an image that was not cleaned share an identity, by which GitLab tells runners apart.
 step='giving this machine an identity of its own'
 booted="$(($(date +%s) - $(cut -d . -f 1 /proc/uptime)))"
@@ -228,12 +228,18 @@ def ready(url: str, command: Sequence[str]) -> str:
     return READY.format(command=" ".join(map(quote, command)), url=quote(url))
 
 
-def machine(url: str, program: Program, expires: datetime | None) -> str:
+def machine(
+    url: str, program: Program, expires: datetime | None, *, prelude: str = "", end: str = ""
+) -> str:
     """Write the script for a machine of a cloud, which cloud-init runs once, as root.
 
     It installs exactly this version unless the image has it, in /opt/cml-runner, starts the
     supervisor as a service and arms a timer for the deadline. Whatever fails, the reason is
     written to the console and the machine powers itself off.
+
+    Where this alone doesn't end a machine, `end` names a program that does, called with "failed"
+    if the machine couldn't be prepared, and with "over" after the supervisor's end. The prelude
+    makes it, and whatever else must be there first.
 
     Raises ConfigurationError if the script is longer than LIMIT or would tell a secret.
     """
@@ -242,7 +248,11 @@ def machine(url: str, program: Program, expires: datetime | None) -> str:
         failed=FAILED,
         patience=PATIENCE,
         deadline=_deadline(expires),
-        units=UNITS.format(unit_url=_escaped(url)),
+        units=UNITS.format(
+            unit_url=_escaped(url), stopped=f"ExecStopPost=-{end} over\n" if end else ""
+        ),
+        prelude=f"step='looking around'\n{prelude}\n" if prelude else "",
+        end=f"  {end} failed || true\n" if end else "",
         **_program(program),
     )
     if len(text.encode()) > LIMIT:

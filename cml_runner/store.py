@@ -35,6 +35,11 @@ DATA = "data"  # folder of a task's snapshots: transfer.History
 PUSHED = "push"  # the name of what its launcher has sent; those of machines are their ranks
 RECALL = "recall"  # an empty object: machines stop, and keep their data
 RESUME = "resume.json"  # with what a task can be started again; secret; gone once it is over
+GONE = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
+DENIED = (
+    *("AccessDenied", "AuthorizationPermissionMismatch", "AuthorizationFailure"),
+    *("InvalidAuthenticationInfo", "AuthenticationFailed"),
+)
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
@@ -278,10 +283,10 @@ def _translated(url: str) -> Iterator[None]:
         msg = f"no access to {url}: {_first_line(error)}"
         raise CredentialsError(msg) from error
     except (exceptions.BaseError, PermissionError) as error:
-        # What S3 says isn't understood everywhere.
-        if "NoSuchBucket" in str(error):
+        # What S3 and Azure say isn't understood everywhere.
+        if any(code in str(error) for code in GONE):
             raise FileNotFoundError(url) from error
-        if "AccessDenied" in str(error):
+        if any(code in str(error) for code in DENIED):
             msg = f"no access to {url}: {_first_line(error)}"
             raise CredentialsError(msg) from error
         msg = f"{url}: {_first_line(error)}"

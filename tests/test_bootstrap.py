@@ -42,6 +42,16 @@ def test_the_deadline_is_set_first_and_in_utc() -> None:
     assert "OnCalendar" not in bootstrap.machine(URL, PROGRAM, None)
 
 
+def test_what_ends_a_machine_that_is_paid_for_without_power() -> None:
+    script = bootstrap.machine(URL, PROGRAM, EXPIRES, prelude="make /sbin/end", end="/sbin/end")
+    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+    assert script.index("trap failed EXIT") < script.index("make /sbin/end")
+    assert script.index("make /sbin/end") < script.index("OnCalendar")
+    assert script.index("/sbin/end failed || true") < script.index("systemctl --force poweroff ||")
+    assert "ExecStopPost=-/sbin/end over\n" in script
+    assert "ExecStopPost" not in bootstrap.machine(URL, PROGRAM, EXPIRES)
+
+
 def test_exactly_this_version_is_installed() -> None:
     script = bootstrap.machine(URL, PROGRAM, None)
     assert "bin/python\" \\\n    'cml-runner[aws]==1.2.3'\n" in script

@@ -42,6 +42,7 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
 @options.option("--docker-volumes", multiple=True, help="GitLab: volumes of the jobs' containers.")
 @options.option(
     "--cloud",
+    type=clouds.named,
     metavar=options.choice(clouds.NAMES),
     help="Where to launch.  [default: this machine is the runner, in the foreground]",
 )

@@ -104,6 +104,7 @@ def place(command: F) -> F:
     """Add where to look."""
     cloud = option(
         "--cloud",
+        type=clouds.named,
         metavar=choice(clouds.NAMES),
         help="Look at this cloud only.  [default: all that have credentials]",
     )

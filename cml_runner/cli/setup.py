@@ -7,7 +7,7 @@ import click
 from cml_runner import clouds
 from cml_runner.cli import options
 
-NAME = click.argument("cloud", metavar="CLOUD")
+NAME = click.argument("cloud", type=clouds.named, metavar="CLOUD")
 REGION = options.option(
     "--cloud-region", default="us-west", help="Region, generic or native; a list for several."
 )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cml_runner.store import Store
 
 NAMES = tuple(module.name for module in iter_modules(__path__))
+ALIASES = {"az": "azure"}  # what else people call them
 REGIONS = ("us-east", "us-west", "eu-north", "eu-west")  # names that every cloud translates
 SIZES = ("s", "m", "l", "xl")  # likewise
 
@@ -163,6 +164,11 @@ class Cloud(Protocol):
         them its data and its lease, too, without a deadline from now on. A cloud which knows
         by itself who is the last one doesn't need to be told.
         """
+
+
+def named(text: str) -> str:
+    """Return a cloud's own name."""
+    return ALIASES.get(text, text)
 
 
 def load(name: str, region: str) -> Cloud:

@@ -14,17 +14,16 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
 from tests.lab.internet import GATEWAY, ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from tests.lab.aws.instances import Instance
     from tests.lab.internet import Internet
 
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
@@ -41,7 +40,29 @@ manage_etc_hosts: false
 # The others configure what a container hasn't got (a boot loader, locales), and may hang there.
 cloud_config_modules: [runcmd]
 """
+NO_CLOUD = CLOUD_INIT.replace("[Ec2]", "[NoCloud]")
+SEED = "var/lib/cloud/seed/nocloud"
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+class Instance(Protocol):
+    """What a cloud hands over."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def user_data(self) -> str: ...
+
+
+def seeded(instance: Instance) -> dict[str, str]:
+    """Write the files in which cloud-init finds its user data where there is no service for it."""
+    return {
+        f"{SEED}/meta-data": f"instance-id: {instance.id}\n",
+        f"{SEED}/user-data": instance.user_data,
+        "etc/cloud/cloud.cfg.d/99-lab.cfg": NO_CLOUD,
+    }
 
 
 class Machine:
@@ -56,8 +77,11 @@ class Machine:
         number: int,
         said: Callable[[str], None],
         ended: Callable[[], None],
+        files: Mapping[str, str] | None = None,
     ) -> None:
         self.instance, self._internet = instance, internet
+        self._files = files or {}
+        self._host = instance.id.replace("_", "-")
         self._system, self._directory = system, directory
         self._name = f"{internet.name}-{number}"
         self._link = f"m{number}"
@@ -144,8 +168,8 @@ class Machine:
             path.mkdir(parents=True)
         files = {
             "etc/resolv.conf": f"nameserver {GATEWAY}\n",
-            "etc/hostname": f"{self.instance.id}\n",
-            "etc/hosts": f"127.0.0.1 localhost {self.instance.id}\n",
+            "etc/hostname": f"{self._host}\n",
+            "etc/hosts": f"127.0.0.1 localhost {self._host}\n",
             "etc/cloud/cloud.cfg.d/99-lab.cfg": CLOUD_INIT,
             "etc/cloud/ds-identify.cfg": "policy: enabled\n",
             BUNDLE[1:]: (self._system / BUNDLE[1:]).read_text()
@@ -153,6 +177,7 @@ class Machine:
             "etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultEnvironment="
             + " ".join(f"{name}={BUNDLE}" for name in self._internet.trust())
             + "\n",
+            **self._files,
         }
         for name, content in files.items():
             path = upper / name
@@ -186,7 +211,7 @@ class Machine:
                 f"--directory={self._directory / 'root'}",
                 "--register=no",
                 "--keep-unit",
-                f"--machine={self.instance.id}",
+                f"--machine={self._host}",
                 "--resolv-conf=off",
                 "--timezone=off",
                 "--capability=CAP_NET_ADMIN",

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from tests.lab.aws import AWS
 from tests.lab.internet import Internet
-from tests.lab.machines import Machine
+from tests.lab.machines import Instance, Machine
 from tests.lab.prepare import SUITES
 from tests.worlds import WORLDS, OnGitHub
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from tests.lab.aws.instances import Instance
     from tests.lab.github import GitHub
     from tests.worlds import World
 
@@ -68,19 +67,19 @@ class Region:
         self._numbers = count(1)
         self._stack = ExitStack()
         self.internet = Internet(directory)
-        self.aws = AWS(self)
+        self.open()
         self.world: World = WORLDS[forge](directory)
         self.launcher: dict[str, str] = {}  # keys; empty: those of an administrator
 
     def __enter__(self) -> Region:
         self.internet = self._stack.enter_context(self.internet)
-        self.aws = self._stack.enter_context(self.aws)
+        sites = self.enter(self._stack)
         self._stack.callback(self.world.leave_alone)
         self._stack.callback(self._end_all)
         for host, application in self.world.move_out(FORGE).items():
             self.internet.serve(host, application or proxy(self.github.own_url))
-        self.internet.serve("amazonaws.com", self.aws.app)
-        self.internet.serve("checkip.amazonaws.com", _address)
+        for host, application in sites.items():
+            self.internet.serve(host, application)
         self.internet.serve(PACKAGES, index(self.prepared))
         return self
 
@@ -100,12 +99,9 @@ class Region:
 
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables of a launcher."""
-        found = keys or self.launcher or self.aws.admin
         uv = hashlib.sha256((self.prepared / "uv.tar.gz").read_bytes()).hexdigest()
         return {
-            "AWS_ACCESS_KEY_ID": found["id"],
-            "AWS_SECRET_ACCESS_KEY": found["secret"],
-            "AWS_SESSION_TOKEN": found["token"],
+            **self.login(keys or self.launcher),
             **self.world.environment,
             "CML_RUNNER_REPO": self.world.repo,
             "CML_RUNNER_MACHINE_PACKAGE_INDEX": f"https://{PACKAGES}/simple/",
@@ -119,7 +115,44 @@ class Region:
         command = [sys.executable, "-m", "cml_runner", *arguments]
         return self.internet.run(command, {**self.environment(), **(environment or {})})
 
-    # The machines of AWS
+    # What is AWS's own; another cloud's region is a class which replaces it
+
+    def open(self) -> None:
+        """Have the cloud."""
+        self.aws = AWS(self)
+
+    def enter(self, stack: ExitStack) -> Mapping[str, Callable[..., Iterable[bytes]]]:
+        """Start it; say who answers for which of its hosts."""
+        self.aws = stack.enter_context(self.aws)
+        return {"amazonaws.com": self.aws.app, "checkip.amazonaws.com": _address}
+
+    def login(self, keys: dict[str, str]) -> dict[str, str]:
+        """Name the variables with somebody's keys; empty: an administrator's."""
+        found = keys or self.aws.admin
+        return {
+            "AWS_ACCESS_KEY_ID": found["id"],
+            "AWS_SECRET_ACCESS_KEY": found["secret"],
+            "AWS_SESSION_TOKEN": found["token"],
+        }
+
+    def metadata(self, instance: str) -> Callable[..., Iterable[bytes]]:
+        """Serve a machine's metadata."""
+        return self.aws.metadata(instance, first=True)
+
+    def powered_off(self, instance: str) -> None:
+        """Tell the cloud that a machine has ended by itself."""
+        self.aws.instances.powered_off(instance)
+
+    def life(self, instance: str) -> Any:
+        """Return what the cloud knows of a machine: its `console`, and if it has `ended`."""
+        return self.aws.instances.lives[instance]
+
+    def files(self, instance: Instance) -> Mapping[str, str]:
+        """Write what a machine's disk has that isn't in its image."""
+        assert instance
+        return {}
+
+    # Machines
 
     def start(self, instance: Instance) -> None:
         """Boot one."""
@@ -128,7 +161,7 @@ class Region:
 
         def say(line: str) -> None:
             lines.append(line)
-            self.aws.instances.lives[instance.id].console += line
+            self.life(instance.id).console += line
 
         machine = Machine(
             instance,
@@ -137,10 +170,10 @@ class Region:
             self.directory / f"machine-{number}",
             number,
             say,
-            lambda: self.aws.instances.powered_off(instance.id),
+            lambda: self.powered_off(instance.id),
+            self.files(instance),
         )
-        metadata = self.aws.metadata(instance.id, first=True)
-        self.internet.metadata(instance.address, metadata)
+        self.internet.metadata(instance.address, self.metadata(instance.id))
         self.machines[instance.id] = machine
         self.booted[instance.id] = datetime.now(timezone.utc)
         machine.start()
@@ -156,8 +189,7 @@ class Region:
 
     def alive(self) -> list[Machine]:
         """List the machines that run, the oldest first."""
-        lives = self.aws.instances.lives
-        return [machine for name, machine in self.machines.items() if not lives[name].ended]
+        return [one for name, one in self.machines.items() if not self.life(name).ended]
 
     def _end_all(self) -> None:
         for machine in self.machines.values():

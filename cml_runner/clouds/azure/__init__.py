@@ -1,0 +1,173 @@
+"""Microsoft Azure: a scale set for each task, and one resource group for all of a region.
+
+What a task consists of, all of it named after its identifier:
+
+    lease            object leases/ID.json in the region's container: the claim on the name
+    settings         object tasks/ID/settings.json, which only our machines may read; beside it the
+                     machines' logs and status
+    scale set        in Flexible mode, over all zones; its machines' start script says where the
+                     settings are
+    autoscale        holds the scale set at its size until the deadline, and at nothing after it;
+    setting          comes with the first machines
+
+The pieces that all tasks share are in account.py.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cml_runner import clouds, store
+from cml_runner.clouds.azure import account, catalogue, leaving, machine, virtual
+from cml_runner.clouds.azure.account import Place
+from cml_runner.clouds.azure.group import Group
+from cml_runner.clouds.azure.resources import (
+    Bucket,
+    Claim,
+    Settings,
+    exists,
+    lease,
+    lease_url,
+)
+from cml_runner.clouds.azure.session import Session
+from cml_runner.clouds.azure.site import Site
+from cml_runner.errors import ConfigurationError, RunnerError
+from cml_runner.model import Identifier, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cml_runner.model import Lease, Notice
+
+AT_ONCE = 16  # objects read
+TAG_KEY = re.compile(r"(?!(microsoft|azure|windows))[^<>%&\\?/]{1,512}", re.IGNORECASE)
+IDENTITY = re.compile(
+    r"/subscriptions/[\w-]+/resourceGroups/[^/]+/providers/Microsoft\.ManagedIdentity/"
+    r"userAssignedIdentities/[\w-]+",
+    re.IGNORECASE,
+)
+NOWHERE = Place("0" * 36, "australiasoutheast")  # with the longest names that there are
+
+
+class Cloud:
+    """One subscription, that of the credentials which the SDK finds, in one region."""
+
+    dedicated = metadata_service = True
+    keeps = False
+
+    def __init__(self, region: str) -> None:
+        self.region = catalogue.region(region)
+        self._session = Session()
+
+    def plan(self, task: Task) -> clouds.Plan:
+        """Name a task's resources; what must be known of the subscription is asked later."""
+        alone = task == Task(id=task.id)  # which will do for all but creation
+        site = None if alone else self._site(task)
+        bucket = Bucket(self._session, self.region, task, site)
+        settings = Settings(bucket)
+        group = Group(bucket, site, (bucket, settings))
+        arch = catalogue.arch(site.types) if site else "x64"
+        return clouds.Plan(
+            resources=(bucket, settings, group), group=group, bucket=bucket, arch=arch
+        )
+
+    def tasks(self) -> list[Lease]:
+        """Read the leases."""
+        place = Place(self._session.subscription, self.region)
+        self._session.credentials()  # or it is told that there are none
+        if not exists(place):
+            return []
+        objects = store.Store(lease_url(place), self._session.credentials)
+        names = [key.removesuffix(".json") for key in objects.keys("")]
+
+        def read(name: str) -> Lease | None:
+            with suppress(ConfigurationError):
+                claim = objects.load(f"{name}.json", Claim)
+                return lease(Task(id=Identifier.parse(name)), claim) if claim else None
+            return None
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [found for found in pool.map(read, names) if found]
+
+    def setup(self) -> list[str]:
+        """Make resource group, network, identity with its role, and storage."""
+        place = Place(self._session.subscription, self.region)
+        return account.Shared(self._session, place).setup()
+
+    def permissions(self) -> Mapping[str, Any]:
+        """Write a custom role definition."""
+        return account.launcher_role(self.region)
+
+    @staticmethod
+    def rank() -> None:
+        """A group's machines have no numbers."""
+
+    @staticmethod
+    def forgotten() -> None:
+        """The bucket keeps it all."""
+
+    @staticmethod
+    def machine() -> str:
+        """Return the machine's own identifier. Raises RunnerError where it can't be had."""
+        if found := machine.compute().get("vmId"):
+            return str(found)
+        msg = "the metadata service doesn't say which machine this is"
+        raise RunnerError(msg)
+
+    @staticmethod
+    def notice() -> Notice | None:
+        """Ask the metadata service."""
+        return machine.notice()
+
+    def leave(self, identifier: Identifier, *, last: bool) -> None:
+        """Delete this machine and have none in its place or, as the last, delete everything."""
+        leaving.leave(self.region, identifier, last=last)
+
+    def _site(self, task: Task) -> Site:
+        """Understand what machines are asked for. Raises ConfigurationError with every mistake."""
+        wanted = task.machine
+        mistakes: list[str] = []
+        types: tuple[str, ...] = ()
+        image = None
+        for reading in ("types", "image"):
+            try:
+                if reading == "types":
+                    types = catalogue.types(wanted.types, wanted.gpu, spot=wanted.spot)
+                elif types:
+                    image = catalogue.image(wanted.image, types)
+            except ConfigurationError as error:
+                mistakes += error.mistakes
+        mistakes += _mistakes(task)
+        if mistakes or image is None:
+            raise ConfigurationError(*mistakes)
+        return Site(self._session, task, types, image)
+
+
+def _mistakes(task: Task) -> list[str]:
+    """List what is wrong but for types and image."""
+    machine = task.machine
+    identities = virtual.identity_ids(NOWHERE, machine.permissions)
+    found = [f"--cloud-{one} makes no sense on Azure: leave it out" for one in machine.options]
+    found += [
+        f"--cloud-metadata {key}: keys are without < > % & \\ ? and /"
+        for key in task.tags
+        if not TAG_KEY.fullmatch(key)
+    ]
+    found += [
+        f"--cloud-permission-set {one}: write resource IDs of identities"
+        for one in identities
+        if not IDENTITY.fullmatch(one)
+    ]
+    try:
+        if machine.ssh_key:
+            virtual.public_key(machine.ssh_key)
+    except ValueError as error:
+        found.append(f"--cloud-ssh-private: {error}")
+    try:
+        virtual.script(NOWHERE, task, identities[0])
+    except ConfigurationError as error:
+        found += error.mistakes
+    return found

@@ -1,0 +1,308 @@
+"""The scale set: it holds a task's machines, and its autoscale setting replaces what dies."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+from cml_runner import wait
+from cml_runner.clouds.azure import arm, autoscale, states, virtual
+from cml_runner.clouds.azure.machine import INTERRUPT
+from cml_runner.clouds.azure.resources import tags
+from cml_runner.errors import AlreadyExists, CredentialsError, NoCapacity, NotFound, RunnerError
+from cml_runner.model import Happening, Instance
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cml_runner.clouds import Resource
+    from cml_runner.clouds.azure.resources import Bucket
+    from cml_runner.clouds.azure.session import Session
+    from cml_runner.clouds.azure.site import Site
+
+log = logging.getLogger(__name__)
+
+SCALE_SETS, MACHINES = "Compute/virtualMachineScaleSets", "Compute/virtualMachines"
+LONGEST = 900  # seconds for a scale set to vanish with its machines
+HISTORY = timedelta(days=5)  # of what Azure writes down
+FRESH = 15  # seconds before it is asked again what it has written down
+RECORD = "events-"  # objects with what the machine can't tell any more
+
+
+@dataclass(eq=False)
+class Group:
+    """One scale set, in all zones in which its sizes can be had."""
+
+    bucket: Bucket
+    site: Site | None
+    needs: Sequence[Resource]
+    label: str = "scale set"
+    fresh: bool = field(default=False, init=False)  # it was created here
+    empty: bool = field(default=False, init=False)  # and holds nothing yet
+    expires: datetime | None = field(default=None, init=False)  # as Azure was told
+    operation: str = field(default="", init=False)  # what starts the machines
+    _read: tuple[float, list[Happening]] = field(default=(0, []), init=False)
+
+    def create(self) -> bool:
+        """Create it without a machine."""
+        new = {"If-None-Match": "*"}
+        try:
+            self._create(new)
+        except AlreadyExists:
+            found = self._describe()
+            if not found or found["properties"].get("provisioningState") == "Deleting":
+                self._gone()  # an older one of this name is about to vanish
+                self._create(new)
+            elif self.bucket.ours:  # so this is ours, too: the answer to our call was lost
+                self._create({})
+            else:
+                return False
+        self.fresh = self.empty = True
+        return True
+
+    def delete(self) -> None:
+        """Delete it with its machines, wait until they are gone, and forget its deadline."""
+        self._delete(self.path, {"forceDeletion": "true"})
+        self._delete(self.setting)
+        self._gone()
+
+    def resize(self, count: int) -> None:
+        """Have Azure hold that many machines, and start them now."""
+        if self.empty:
+            self._climb(count)
+            self.empty = False
+            return
+        with suppress(NotFound):
+            self.expires = autoscale.until(self._setting())
+        gone = len(self.bucket.store.keys(autoscale.GONE))
+        self._hold(count, self.expires, gone)
+        self.operation = self._patch({"sku": {**self._sku(), "capacity": count}})
+
+    def instances(self) -> list[Instance]:
+        """List the machines, those included which cost money without running."""
+        kinds = ("Network/networkInterfaces", "Network/publicIPAddresses")
+        with ThreadPoolExecutor(2) as pool:
+            interfaces, addresses = (pool.submit(self._network, kind) for kind in kinds)
+            machines = self._machines()
+            known = virtual.addresses(interfaces.result(), addresses.result())
+        return [
+            Instance(
+                id=one["name"],
+                status=states.status(one),
+                address=known.get(one["id"].lower(), ""),
+            )
+            for one in machines
+        ]
+
+    def events(self) -> list[Happening]:
+        """Say what became of starting machines, how they are, and what Azure has written down."""
+        with ThreadPoolExecutor(3) as pool:
+            parts = [pool.submit(one) for one in (self._starting, self._written, self._recorded)]
+            found = [event for one in self._machines() for event in states.happenings(one)]
+            found += [event for part in parts for event in part.result()]
+        return sorted(found, key=lambda one: one.at)
+
+    def expire(self, at: datetime | None) -> None:
+        """Set the group's end, if it is another than before; with that, the task is launched."""
+        if not self.fresh or at != self.expires:
+            with suppress(NotFound):
+                moved = autoscale.moved(self._setting(), at)
+                self.session.call("PUT", self.setting, moved)
+                self.expires = at
+        self.bucket.renew(at)
+
+    def interrupt(self, instance: str, after: float) -> None:
+        """Tag a machine, which learns of it, ends its job and itself."""
+        running = [one["name"] for one in self._machines() if states.status(one) == "running"]
+        name = instance or next(iter(running), "")
+        if name not in running:
+            msg = f"{self.name} has no running machine {name}".rstrip()
+            raise NotFound(msg)
+        now = datetime.now(timezone.utc)
+        at = now + timedelta(seconds=after)
+        tag = {INTERRUPT: at.isoformat(timespec="milliseconds")}
+        path = f"{self.bucket.place.id(MACHINES, name)}/providers/Microsoft.Resources/tags/default"
+        body = {"operation": "Merge", "properties": {"tags": tag}}
+        self.session.call("PATCH", path, body)
+        record = Happening(at=now, kind="interruption", message=f"{name} was interrupted")
+        self.bucket.store.save(f"{RECORD}{name}.json", record)
+
+    def console(self) -> str:
+        """Ask for one console after the other, until one has anything written on it."""
+
+        def order(one: dict[str, Any]) -> tuple[bool, str]:
+            return states.status(one) == "stopping", str(one["properties"].get("timeCreated", ""))
+
+        for one in sorted(self._machines(), key=order, reverse=True):
+            if text := self._console(one["name"]):
+                return text
+        return ""
+
+    @property
+    def session(self) -> Session:
+        """The bucket's."""
+        return self.bucket.session
+
+    @property
+    def name(self) -> str:
+        """The task's."""
+        return str(self.bucket.task.id)
+
+    @property
+    def path(self) -> str:
+        """The scale set's identifier."""
+        return self.bucket.place.id(SCALE_SETS, self.name)
+
+    @property
+    def setting(self) -> str:
+        """The identifier of what holds it at its size."""
+        return self.bucket.place.id(autoscale.KIND, self.name)
+
+    def _create(self, headers: dict[str, str]) -> None:
+        assert self.site
+        body = virtual.scale_set(self.bucket.place, self.bucket.task, self.site)
+        self.session.call("PUT", self.path, body, headers=headers)
+
+    def _climb(self, count: int) -> None:
+        """Start the machines, of one mixture of sizes after the other. Raises NoCapacity."""
+        assert self.site
+        rungs, until = self.site.rungs if count else [], self.bucket.task.expires
+        several = len(rungs) > 1  # then nobody but us may start any before one has proved right
+        self._hold(count, until, least=0 if several else count)
+        tried: list[str] = []
+        for number, sizes in enumerate(rungs):
+            if self._had(sizes, count, number, tried):
+                break
+        if rungs and len(tried) == len(rungs):
+            raise NoCapacity("; ".join(tried))
+        if several:
+            self._hold(count, until)
+
+    def _had(self, sizes: tuple[str, ...], count: int, number: int, tried: list[str]) -> bool:
+        """Say if machines could be had; else note why not, and clear up."""
+        assert self.site
+        try:
+            self._start(sizes, count, number, last=number + 1 == len(self.site.rungs))
+        except NoCapacity as error:
+            log.warning("%s: %s", ", ".join(sizes), error)
+            tried.append(f"{', '.join(sizes)}: {error}")
+            self._sweep()
+            return False
+        return True
+
+    def _start(self, sizes: tuple[str, ...], count: int, number: int, *, last: bool) -> None:
+        """Ask for them; how it goes on is waited for only as long as there is something else."""
+        spot = self.bucket.task.machine.spot
+        kind = virtual.sizes(sizes, spot=spot, capacity=count)
+        self.operation = self._patch(kind if number else {"sku": kind["sku"]})
+        if not last:
+            self.session.finish(self.operation, f"start {', '.join(sizes)}")
+            self.operation = ""
+
+    def _patch(self, body: dict[str, Any]) -> str:
+        return self.session.begin("PATCH", self.path, body).operation
+
+    def _sweep(self) -> None:
+        """Delete what a failed allocation leaves behind: machines that never were."""
+        for one in self._machines():
+            if one["properties"].get("provisioningState") == "Failed":
+                self._delete(self.bucket.place.id(MACHINES, one["name"]))
+
+    def _sku(self) -> dict[str, Any]:
+        found = self._describe()
+        if not found:
+            msg = f"{self.name} is gone: launch it again"
+            raise NotFound(msg)
+        sku: dict[str, Any] = found["sku"]
+        return sku
+
+    def _hold(
+        self, count: int, until: datetime | None, gone: int = 0, least: int | None = None
+    ) -> None:
+        """Have Azure keep that many machines, beside those that have left, until then."""
+        task, place = self.bucket.task, self.bucket.place
+        own = tags(task, place.identity, **{autoscale.COUNT: count + gone})
+        bounds = (count if least is None else least, count)
+        body = autoscale.setting(place.region, self.path, bounds, until, own)
+        self.session.call("PUT", self.setting, body)
+        self.expires = until
+
+    def _setting(self) -> dict[str, Any]:
+        return self.session.call("GET", self.setting)
+
+    def _describe(self) -> dict[str, Any] | None:
+        try:
+            return self.session.call("GET", self.path)
+        except NotFound:
+            return None
+
+    def _delete(self, path: str, query: Mapping[str, str] | None = None) -> None:
+        with suppress(NotFound, AlreadyExists):  # or it is being deleted already
+            self.session.call("DELETE", path, query=query)
+
+    def _gone(self) -> None:
+        """Wait until it has vanished, which is when its last machine has."""
+        what = f"{self.name} to vanish with its machines"
+        wait.until(lambda: self._describe() is None, what, LONGEST, every=1)
+
+    def _machines(self) -> list[dict[str, Any]]:
+        path = self.bucket.place.id(MACHINES, "").rstrip("/")
+        query = {"$filter": f"'virtualMachineScaleSet/id' eq '{self.path}'"}
+        with suppress(NotFound):
+            return self.session.pages(path, {**query, "$expand": "instanceView"})
+        return []
+
+    def _network(self, kind: str) -> list[dict[str, Any]]:
+        with suppress(NotFound):
+            return self.session.pages(self.bucket.place.id(kind, "").rstrip("/"))
+        return []
+
+    def _starting(self) -> list[Happening]:
+        """Look at what starts the machines: a failure is told there first."""
+        if not self.operation:
+            return []
+        state, content = self.session.state(self.operation)
+        if state == "Failed":
+            code, text = arm.details(content)
+            return [states.failed(datetime.now(timezone.utc), code, text)]
+        if state == "Succeeded":
+            self.operation = ""
+        return []
+
+    def _recorded(self) -> list[Happening]:
+        store = self.bucket.store
+        found = (store.load(key, Happening) for key in store.keys(RECORD))
+        return [one for one in found if one]
+
+    def _written(self) -> list[Happening]:
+        """Read the activity log, which is behind by some minutes, and needn't be read all along."""
+        when, found = self._read
+        if when and time.monotonic() < when + FRESH:
+            return found
+        place = self.bucket.place
+        path = f"/subscriptions/{place.subscription}/providers/Microsoft.Insights/eventtypes"
+        since = datetime.now(timezone.utc) - HISTORY
+        if self.bucket.ours:  # what became of an older task of this name isn't ours
+            since = self.bucket.ours[0].created
+        query = f"eventTimestamp ge '{since:%Y-%m-%dT%H:%M:%SZ}'"
+        query += f" and resourceGroupName eq '{place.group}'"
+        listed = []
+        with suppress(CredentialsError):  # it is not so important
+            listed = self.session.pages(f"{path}/management/values", {"$filter": query})
+        ours = (one for one in listed if self.name in str(one.get("resourceId", "")).lower())
+        found = [event for one in ours if (event := states.activity(one))]
+        self._read = (time.monotonic(), found)
+        return found
+
+    def _console(self, machine: str) -> str:
+        path = f"{self.bucket.place.id(MACHINES, machine)}/retrieveBootDiagnosticsData"
+        with suppress(RunnerError):
+            found = self.session.call("POST", path)
+            if url := found.get("serialConsoleLogBlobUri"):
+                return self.session.read(url)
+        return ""

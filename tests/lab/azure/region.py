@@ -1,0 +1,59 @@
+"""A region of Azure with machines that really boot."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from tests.lab import machines
+from tests.lab.azure import Azure
+from tests.lab.region import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from contextlib import ExitStack
+
+    from tests.lab.machines import Instance
+
+AFTER = 1  # second
+
+
+class AzureRegion(Region):
+    """All of it."""
+
+    def open(self) -> None:
+        """Have the cloud."""
+        self.azure = Azure(self, real=True)
+
+    def enter(self, stack: ExitStack) -> Mapping[str, Callable[..., Iterable[bytes]]]:
+        """Start it; say who answers for which of its hosts."""
+        self.azure = stack.enter_context(self.azure)
+        hosts = ("management.azure.com", "blob.core.windows.net", "login.microsoftonline.com")
+        return dict.fromkeys(hosts, self.azure.app)
+
+    def login(self, keys: dict[str, str]) -> dict[str, str]:
+        """Name the variables with somebody's keys; empty: an administrator's."""
+        return self.azure.environment(keys or None)
+
+    def metadata(self, instance: str) -> Callable[..., Iterable[bytes]]:
+        """Serve a machine's metadata."""
+        return self.azure.metadata(instance)
+
+    def powered_off(self, instance: str) -> None:
+        """Tell the cloud that a machine has ended by itself."""
+        self.azure.fleet.powered_off(instance)
+
+    def life(self, instance: str) -> Any:
+        """Return what the cloud knows of a machine."""
+        return self.azure.fleet.lives[instance]
+
+    def files(self, instance: Instance) -> Mapping[str, str]:
+        """Have cloud-init find its user data; Azure's own way takes a DVD drive."""
+        return machines.seeded(instance)
+
+    def end(self, instance: str) -> None:
+        """Take its power away, some time after Azure has said that it will."""
+        if machine := self.machines.get(instance):
+            timer = threading.Timer(AFTER, machine.end)
+            timer.daemon = True
+            timer.start()
