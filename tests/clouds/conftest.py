@@ -19,6 +19,7 @@ from cml_runner.clouds.local.processes import VARIABLE, Process, alive, find
 from cml_runner.errors import NotReady
 from cml_runner.model import Identifier, Task
 from tests.clouds.aws_rig import rig as aws
+from tests.clouds.gcp_rig import rig as gcp
 from tests.clouds.kubernetes_rig import rig as kubernetes
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from cml_runner.model import Happening, Notice
     from tests.clouds.aws_rig import AwsRig
+    from tests.clouds.gcp_rig import GcpRig
     from tests.clouds.kubernetes_rig import KubernetesRig
     from tests.lab.town import Country
 
@@ -157,6 +159,11 @@ def messages(plan: Plan, kind: str) -> list[str]:
 @pytest.fixture
 def aws_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[AwsRig]:
     yield from aws(monkeypatch)
+
+
+@pytest.fixture
+def gcp_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GcpRig]:
+    yield from gcp(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ NAMES = (
     *("*.amazonaws.com", "*.us-west-2.amazonaws.com", "*.s3.us-west-2.amazonaws.com"),
     *("*.us-east-1.amazonaws.com", "*.s3.us-east-1.amazonaws.com", "*.lab.example"),
     *("*.eu-west-1.amazonaws.com", "*.eu-north-1.amazonaws.com", "*.s3.amazonaws.com"),
+    "*.googleapis.com",
     *("gitlab.com", "bitbucket.org", "*.bitbucket.org", "*.atlassian.com"),
 )
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET

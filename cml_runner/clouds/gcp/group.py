@@ -250,7 +250,6 @@ class Group:
             "Instances",
             "aggregated_list",
             filter=f"labels.{LABEL} = {self.name}",
-            return_partial_success=True,
         )
         return [one for _, listed in found for one in listed.instances]
 
@@ -264,7 +263,6 @@ class Group:
             "GlobalOperations",
             "aggregated_list",
             filter=f'targetLink eq ".*/instances/{self.name}-[a-z0-9]+"',
-            return_partial_success=True,
         )
         return [one for _, listed in found for one in listed.operations]
 

@@ -246,7 +246,7 @@ def _credentials() -> tuple[Any, str]:
     import google.auth
 
     if data := os.environ.get(DATA):
-        found, project = google.auth.load_credentials_from_dict(json.loads(data), scopes=SCOPES)
+        found, project = _read(json.loads(data))
     elif _anywhere():
         found, project = google.auth.default(scopes=SCOPES)
     else:
@@ -259,6 +259,25 @@ def _credentials() -> tuple[Any, str]:
     if hasattr(found, "with_always_use_jwt_access"):  # a key signs its tokens by itself
         found = found.with_always_use_jwt_access(True)
     return found, project or ""
+
+
+def _read(info: dict[str, Any]) -> tuple[Any, str]:
+    """Understand what would be in a file of credentials. Raises ValueError."""
+    from google.auth import aws, identity_pool
+    from google.oauth2 import credentials, service_account
+
+    kind, source = info.get("type"), info.get("credential_source", {})
+    if kind == "service_account":
+        key = service_account.Credentials.from_service_account_info(info, scopes=SCOPES)
+        return key, key.project_id
+    if kind == "authorized_user":
+        user = credentials.Credentials.from_authorized_user_info(info, scopes=SCOPES)
+        return user, info.get("quota_project_id", "")
+    if kind == "external_account":  # workload identity federation
+        pool = aws if "environment_id" in source else identity_pool
+        return pool.Credentials.from_info(info, scopes=SCOPES), ""
+    msg = f"{DATA} is of a type that isn't known here: {kind}"
+    raise ValueError(msg)
 
 
 def _anywhere() -> bool:

@@ -135,7 +135,6 @@ class Site:
             service,
             "aggregated_list",
             filter=" OR ".join(f"(name = {name})" for name in sorted(names)),
-            return_partial_success=True,
         )
         ours: dict[str, set[str]] = {}
         for scope, listed in found:
