@@ -84,7 +84,7 @@ class GcpRig:
         """Say what the machines would have agreed on."""
         groups = self.gcp.compute.groups
         (group,) = (one for one in groups.values() if one.name == plan.group.name)  # type: ignore[attr-defined]
-        return len(group.members) == 1
+        return len(group.members.keys() - group.leaving) == 1
 
     def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
         assert instance

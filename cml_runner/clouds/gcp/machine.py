@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
-from urllib.request import ProxyHandler, Request, build_opener, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.errors import RunnerError
@@ -129,6 +129,7 @@ class Departure:
         self._zone = here.get("instance/zone").rpartition("/")[2]
         self._name = here.get("instance/name")
         self._region, self._group = region, group
+        self._opener = build_opener()
 
     def dismiss(self) -> None:
         """Have the group delete this machine, and hold one less. Absent is dismissed already."""
@@ -203,7 +204,7 @@ class Departure:
         if method == "POST" and not content:
             request.data = b""
         try:
-            with urlopen(request, timeout=timeout) as answer:  # noqa: S310
+            with self._opener.open(request, timeout=timeout) as answer:
                 return json.loads(answer.read() or b"{}")
         except HTTPError as error:
             with error:

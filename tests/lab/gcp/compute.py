@@ -336,10 +336,10 @@ class Compute:
         return {"items": found} if found else {}
 
     def instances_aggregatedList(self, query: dict[str, str], **_: Any) -> Any:
-        label, _, value = query["filter"].removeprefix("labels.").partition(" = ")
+        label, wanted = query["filter"].removeprefix("labels.").split(" = ")
         found: dict[str, Any] = {}
         for one in self.alive():
-            if one.labels.get(label) == value:
+            if one.labels.get(label) == wanted:
                 scope = found.setdefault(f"zones/{one.zone}", {"instances": []})
                 scope["instances"].append(self._described(one))
         return {"kind": "compute#instanceAggregatedList", "items": found | _nothing(found)}
@@ -500,7 +500,7 @@ class Compute:
         where = f"{scope}/{more.partition('/')[0]}" if scope != "global" else scope
         link = f"{BASE}/{PROJECT}/{where}"
         now = _text(_now())
-        found = {
+        found: dict[str, Any] = {
             "kind": "compute#operation",
             "id": str(next(self._numbers)),
             "name": name,
@@ -530,7 +530,7 @@ class Compute:
 
     def _wait(self, where: dict[str, str]) -> dict[str, Any]:
         """Return an operation when it is done, or after a while; others go on meanwhile."""
-        found = self._named(self.operations, where["operation"], "operations")
+        found: dict[str, Any] = self._named(self.operations, where["operation"], "operations")
         end = time.monotonic() + 5
         self.lock.release()
         try:

@@ -51,7 +51,7 @@ class Api:
     """One API."""
 
     def __init__(self, name: str) -> None:
-        place = files("googleapiclient").joinpath("discovery_cache", "documents", f"{name}.json")
+        place = files("googleapiclient") / "discovery_cache" / "documents" / f"{name}.json"
         document = json.loads(place.read_text(encoding="utf-8"))
         self.schemas: dict[str, Any] = document["schemas"]
         self._common = COMMON | set(document.get("parameters", {}))
