@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SPEAKING = ("aws", "azure")  # clouds whose machines need an SDK; the others do without
 # Flags of one cloud; they reach it as Machine.options, the others refuse them.
 NATIVE = (
     "cloud_aws_security_group",
@@ -308,8 +309,8 @@ def _identifier(name: str, url: str) -> Identifier:
 
 
 def _requirement(cloud: str) -> str:
-    """Name the package that a machine needs; a pod doesn't speak to its cluster."""
-    extra = f"[{cloud}]" if cloud not in ("", "kubernetes") else ""
+    """Name the package that a machine needs."""
+    extra = f"[{cloud}]" if cloud in SPEAKING else ""
     return f"cml-runner{extra}=={__version__}"
 
 
