@@ -294,7 +294,7 @@ def _passes(error: Exception) -> bool:
     """Say if the same call may succeed a moment later."""
     from google.api_core import exceptions, retry
 
-    if isinstance(error, exceptions.GatewayTimeout):
+    if isinstance(error, exceptions.BadGateway | exceptions.GatewayTimeout):
         return True
     if isinstance(error, exceptions.Forbidden):
         return _reason(error) in PASSING

@@ -6,6 +6,7 @@ import base64
 import json
 import time
 from dataclasses import dataclass, field
+from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -102,6 +103,7 @@ class Front:
         error = content.decode(errors="replace") if status >= 400 else ""
         self.calls.append(Entry(action, name, began, time.monotonic(), error))
         if status == 0:
+            environ["werkzeug.socket"].shutdown(SHUT_RDWR)
             raise ConnectionError(LOST)
         if not any(one[0].lower() == "content-length" for one in headers):
             headers = [*headers, ("Content-Length", str(len(content)))]
