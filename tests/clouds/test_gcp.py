@@ -6,6 +6,7 @@ import sys
 import threading
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -408,7 +409,7 @@ def test_the_same_in_what_a_group_could_not_do() -> None:
 def test_no_credentials_at_all(gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gcp_rig
     monkeypatch.delenv(session.DATA)
-    monkeypatch.setattr(session, "PRODUCT", session.Path("/nowhere"))
+    monkeypatch.setattr(session, "PRODUCT", Path("/nowhere"))
     with pytest.raises(CredentialsError, match="GOOGLE_APPLICATION_CREDENTIALS"):
         Cloud("us-west").tasks()
 
@@ -706,7 +707,8 @@ def test_events_are_typed_whatever_they_are_about() -> None:
 def test_the_fake_refuses_what_isnt_described(gcp_rig: GcpRig) -> None:
     own = gcp_rig.cloud._session
     url = f"https://compute.googleapis.com/compute/v1/projects/{PROJECT}/global/instanceTemplates"
-    for body in ({"name": "x", "colour": "red"}, {"name": 7}, {"properties": {"disks": {}}}):
+    bodies: list[Any] = [{"name": "x", "colour": "red"}, {"name": 7}, {"properties": {"disks": {}}}]
+    for body in bodies:
         with pytest.raises(RunnerError, match="instanceTemplates"):
             own.rest("POST", url, body)
     with pytest.raises(RunnerError, match="what are"):

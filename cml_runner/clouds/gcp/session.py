@@ -84,6 +84,10 @@ class Session:
         """The project in which we are."""
         return str(self._login[1])
 
+    def open(self) -> None:
+        """Log in and load the SDK, which takes a second: what is asked next goes out at once."""
+        _ = self._login, self._sdk
+
     def call(self, service: str, method: str, **fields: Any) -> Any:
         """Ask Compute Engine for something, in the SDK's words. Raises our errors."""
         with translated(f"{service}.{method}"):

@@ -52,7 +52,7 @@ class Site:
         The project's shared pieces are made if they are missing and if we may.
         """
         shared = Shared(self._session)
-        _ = self._session.project  # without credentials nothing else can be asked
+        self._session.open()
         lookups: tuple[Callable[[], object], ...] = (
             shared.has_bucket,
             shared.has_firewall,
