@@ -14,17 +14,16 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
 from tests.lab.internet import GATEWAY, ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from tests.lab.aws.instances import Instance
     from tests.lab.internet import Internet
 
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
@@ -44,8 +43,19 @@ cloud_config_modules: [runcmd]
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
+class Instance(Protocol):
+    """What a cloud says of a machine."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def user_data(self) -> str: ...
+
+
 class Machine:
-    """One of them."""
+    """One of them; `files` are what its cloud's images have in place of the system's."""
 
     def __init__(
         self,
@@ -56,12 +66,13 @@ class Machine:
         number: int,
         said: Callable[[str], None],
         ended: Callable[[], None],
+        files: Mapping[str, str] | None = None,
     ) -> None:
         self.instance, self._internet = instance, internet
         self._system, self._directory = system, directory
         self._name = f"{internet.name}-{number}"
         self._link = f"m{number}"
-        self._said, self._ended = said, ended
+        self._said, self._ended, self._files = said, ended, files or {}
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._over = threading.Event()
@@ -153,6 +164,7 @@ class Machine:
             "etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultEnvironment="
             + " ".join(f"{name}={BUNDLE}" for name in self._internet.trust())
             + "\n",
+            **self._files,
         }
         for name, content in files.items():
             path = upper / name

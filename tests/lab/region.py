@@ -17,7 +17,7 @@ import sys
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from tests.lab.aws import AWS
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from tests.lab.aws.instances import Instance
     from tests.lab.github import GitHub
+    from tests.lab.machines import Instance
     from tests.worlds import World
 
+Own = TypeVar("Own", bound="Region")
 PACKAGES, FORGE = "packages.lab.example", "git.lab.example"
 TOOLS = ("systemd-nspawn", "ip", "nsenter", "mount")
 HOP = ("connection", "keep-alive", "transfer-encoding", "content-length")
@@ -68,19 +69,17 @@ class Region:
         self._numbers = count(1)
         self._stack = ExitStack()
         self.internet = Internet(directory)
-        self.aws = AWS(self)
+        self._found_cloud()
         self.world: World = WORLDS[forge](directory)
         self.launcher: dict[str, str] = {}  # keys; empty: those of an administrator
 
-    def __enter__(self) -> Region:
+    def __enter__(self: Own) -> Own:
         self.internet = self._stack.enter_context(self.internet)
-        self.aws = self._stack.enter_context(self.aws)
+        self._open_cloud()
         self._stack.callback(self.world.leave_alone)
         self._stack.callback(self._end_all)
         for host, application in self.world.move_out(FORGE).items():
             self.internet.serve(host, application or proxy(self.github.own_url))
-        self.internet.serve("amazonaws.com", self.aws.app)
-        self.internet.serve("checkip.amazonaws.com", _address)
         self.internet.serve(PACKAGES, index(self.prepared))
         return self
 
@@ -100,12 +99,9 @@ class Region:
 
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables of a launcher."""
-        found = keys or self.launcher or self.aws.admin
         uv = hashlib.sha256((self.prepared / "uv.tar.gz").read_bytes()).hexdigest()
         return {
-            "AWS_ACCESS_KEY_ID": found["id"],
-            "AWS_SECRET_ACCESS_KEY": found["secret"],
-            "AWS_SESSION_TOKEN": found["token"],
+            **self._login(keys or self.launcher),
             **self.world.environment,
             "CML_RUNNER_REPO": self.world.repo,
             "CML_RUNNER_MACHINE_PACKAGE_INDEX": f"https://{PACKAGES}/simple/",
@@ -119,7 +115,38 @@ class Region:
         command = [sys.executable, "-m", "cml_runner", *arguments]
         return self.internet.run(command, {**self.environment(), **(environment or {})})
 
-    # The machines of AWS
+    # What is AWS's own; another cloud's region has others of these
+
+    def _found_cloud(self) -> None:
+        self.aws = AWS(self)
+
+    def _open_cloud(self) -> None:
+        self.aws = self._stack.enter_context(self.aws)
+        self.internet.serve("amazonaws.com", self.aws.app)
+        self.internet.serve("checkip.amazonaws.com", _address)
+
+    def _login(self, keys: dict[str, str]) -> dict[str, str]:
+        found = keys or self.aws.admin
+        names = {"id": "ACCESS_KEY_ID", "secret": "SECRET_ACCESS_KEY", "token": "SESSION_TOKEN"}
+        return {f"AWS_{name}": found[key] for key, name in names.items()}
+
+    def _console(self, instance: str, line: str) -> None:
+        self.aws.instances.lives[instance].console += line
+
+    def _powered_off(self, instance: str) -> None:
+        self.aws.instances.powered_off(instance)
+
+    def _metadata(self, instance: str) -> Callable[..., Any]:
+        return self.aws.metadata(instance, first=True)
+
+    def _files(self) -> Mapping[str, str]:
+        """Say what machines have in place of what a prepared system has."""
+        return {}
+
+    def _is_alive(self, instance: str) -> bool:
+        return not self.aws.instances.lives[instance].ended
+
+    # Its machines
 
     def start(self, instance: Instance) -> None:
         """Boot one."""
@@ -128,7 +155,7 @@ class Region:
 
         def say(line: str) -> None:
             lines.append(line)
-            self.aws.instances.lives[instance.id].console += line
+            self._console(instance.id, line)
 
         machine = Machine(
             instance,
@@ -137,10 +164,10 @@ class Region:
             self.directory / f"machine-{number}",
             number,
             say,
-            lambda: self.aws.instances.powered_off(instance.id),
+            lambda: self._powered_off(instance.id),
+            self._files(),
         )
-        metadata = self.aws.metadata(instance.id, first=True)
-        self.internet.metadata(instance.address, metadata)
+        self.internet.metadata(instance.address, self._metadata(instance.id))
         self.machines[instance.id] = machine
         self.booted[instance.id] = datetime.now(timezone.utc)
         machine.start()
@@ -156,8 +183,7 @@ class Region:
 
     def alive(self) -> list[Machine]:
         """List the machines that run, the oldest first."""
-        lives = self.aws.instances.lives
-        return [machine for name, machine in self.machines.items() if not lives[name].ended]
+        return [machine for name, machine in self.machines.items() if self._is_alive(name)]
 
     def _end_all(self) -> None:
         for machine in self.machines.values():
