@@ -53,7 +53,7 @@ class Metadata:
         if callable(value):
             value = value()
         if isinstance(value, dict) and query.get("recursive", "").lower() == "true":
-            value = json.dumps(_plain(value))
+            value = json.dumps(_plain(value, own="attributes" in path))
         elif isinstance(value, dict):
             value = "".join(f"{key}{'/' * isinstance(one, dict)}\n" for key, one in value.items())
         text = None if value is None else str(value)

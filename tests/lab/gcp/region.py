@@ -1,7 +1,8 @@
 """A region of Google Cloud with machines that really boot, like that of AWS in tests/lab/region.py.
 
 cloud-init asks its GCE datasource, which knows Google's machines by their firmware; that of a
-container says nothing. So the check is switched off as its own command line can, and nothing else.
+container says nothing, and has its address without DHCP. So these two are switched off in it, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 DATASOURCE = "usr/lib/python3/dist-packages/cloudinit/sources/DataSourceGCE.py"
+SWITCHES = {"firmware": "platform_check=True", "network": "perform_dhcp_setup = True"}
 CLOUD_INIT = """\
 datasource_list: [GCE]
 network:
@@ -49,11 +51,13 @@ class GoogleRegion(Region):
 
     def _files(self) -> Mapping[str, str]:
         source = (self.prepared / self.suite / DATASOURCE).read_text()
-        assert "platform_check=True" in source
+        for name, text in SWITCHES.items():
+            assert text in source, name
+            source = source.replace(text, text.replace("True", "False"))
         return {
             "etc/hosts": f"127.0.0.1 localhost\n{METADATA} metadata.google.internal\n",
             "etc/cloud/cloud.cfg.d/99-lab.cfg": CLOUD_INIT,
-            DATASOURCE: source.replace("platform_check=True", "platform_check=False"),
+            DATASOURCE: source,
         }
 
     def _is_alive(self, instance: str) -> bool:
