@@ -150,7 +150,7 @@ class Departure:
         """Delete the group, with machines that have left it already, and its templates."""
         self._change("DELETE", self._manager)
         templates = f"projects/{self.project}/global/instanceTemplates"
-        query = urlencode({"filter": f"name eq {self._group}(-[0-9]+)?"})
+        query = urlencode({"filter": f'name eq "{self._group}(-[0-9]+)?"'})
         found = self._ask("GET", f"{templates}?{query}") or {}
         for one in found.get("items", []):
             self._change("DELETE", f"{templates}/{quote(one['name'])}")

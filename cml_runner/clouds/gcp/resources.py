@@ -206,7 +206,7 @@ class Template:
     def all(self) -> list[Any]:
         """List those of this task."""
         return self.bucket.session.pages(
-            "InstanceTemplates", "list", filter=f"name eq {self.name}(-[0-9]+)?"
+            "InstanceTemplates", "list", filter=f'name eq "{self.name}(-[0-9]+)?"'
         )
 
     def move(self, end: datetime | None) -> str:

@@ -212,7 +212,7 @@ class Compute:
         return self._operation("insert", f"global/instanceTemplates/{name}", query)
 
     def instanceTemplates_list(self, query: dict[str, str], **_: Any) -> Any:
-        pattern = query["filter"].removeprefix("name eq ")
+        pattern = query["filter"].removeprefix('name eq "').removesuffix('"')
         found = [one for name, one in self.templates.items() if re.fullmatch(pattern, name)]
         return {"kind": "compute#instanceTemplateList", **({"items": found} if found else {})}
 
