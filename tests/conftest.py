@@ -39,6 +39,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("CML_RUNNER_HOME", str(home / ".cml-runner"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # this machine may be one of EC2
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # or one of Google's
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from dataclasses import replace
@@ -434,13 +435,36 @@ def test_credentials_in_a_file(
     running(gcp_rig, launch(gcp_rig))
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_workload_identity_federation(
+    gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_a_file: bool
+) -> None:
+    account = gcp_rig.gcp.add_user(gcp_rig.cloud.permissions())["client_email"]
+    content = json.dumps(gcp_rig.gcp.federation(account, tmp_path))
+    monkeypatch.delenv(session.DATA)
+    if in_a_file:
+        (tmp_path / "credentials.json").write_text(content)
+        path = str(tmp_path / "credentials.json")
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", path)
+    else:
+        monkeypatch.setenv(session.DATA, content)
+        with pytest.raises(CredentialsError, match="GOOGLE_CLOUD_PROJECT"):
+            Cloud("us-west").tasks()
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", PROJECT)
+    running(gcp_rig, launch(gcp_rig))
+    assert gcp_rig.gcp.app.calls[-1].who == account
+    (tmp_path / "token").write_text("of somebody else")
+    with pytest.raises(CredentialsError, match="rejected"):
+        Cloud("us-west").tasks()
+
+
 def test_on_a_machine_of_google(gcp_rig: GcpRig, cli: Cli) -> None:
     """The metadata server logs in who runs there, and says in which project."""
     plan = launch(gcp_rig)
     (machine,) = running(gcp_rig, plan)
     host = gcp_rig.gcp.serve(gcp_rig.gcp.metadata(machine))
     environment = {**gcp_rig.gcp.environment(), "GCE_METADATA_HOST": host, "GCE_METADATA_IP": host}
-    environment[session.DATA] = ""
+    environment |= {session.DATA: "", "NO_GCE_CHECK": ""}
     done = cli.run("list", "--cloud", "gcp", environment=environment)
     assert str(plan.bucket.task.id) in done.out  # type: ignore[attr-defined]
 

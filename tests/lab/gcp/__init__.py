@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tests.lab.gcp.compute import PROJECT, Compute, Nobody
 from tests.lab.gcp.front import Fault, Front, Principal
 from tests.lab.gcp.iam import Iam
+from tests.lab.gcp.login import Login
 from tests.lab.gcp.metadata import Metadata
 from tests.lab.gcp.proxy import Proxy
 from tests.lab.gcp.storage import Storage
@@ -55,6 +56,7 @@ class GCP:
         self.compute.images = dict(IMAGES)
         self.compute.types, self.compute.gpus = _types()
         self.app = Front(self)
+        self.login_service = Login(self.token)
         self._servers: list[Any] = []
         self.admin = self.add_user()
 
@@ -109,6 +111,22 @@ class GCP:
     def metadata(self, number: str) -> Metadata:
         """Serve an instance's metadata."""
         return Metadata(self.compute, number, self.token)
+
+    def federation(self, account: str, directory: Path) -> dict[str, Any]:
+        """Make what a CI's login leaves: where its token is, and whose it becomes."""
+        token = secrets.token_urlsafe(20)
+        self.login_service.accepted.add(token)
+        (directory / "token").write_text(token)
+        url = "https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts"
+        pool = "projects/123456789012/locations/global/workloadIdentityPools/ci/providers/github"
+        return {
+            "type": "external_account",
+            "audience": f"//iam.googleapis.com/{pool}",
+            "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+            "token_url": "https://sts.googleapis.com/v1/token",
+            "service_account_impersonation_url": f"{url}/{account}:generateAccessToken",
+            "credential_source": {"file": str(directory / "token")},
+        }
 
     def token(self, account: str) -> str:
         """Log a service account in, whose machines may do what its policies say."""

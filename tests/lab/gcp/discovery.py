@@ -98,6 +98,8 @@ class Api:
     def _fields(self, value: dict[str, Any], schema: Any, what: str) -> None:
         known, others = schema.get("properties", {}), schema.get("additionalProperties")
         for name, one in value.items():
+            if one is None:  # is as good as absent
+                continue
             if name in known:
                 self.check(one, known[name], f"{what}.{name}")
             elif others is not None:

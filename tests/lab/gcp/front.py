@@ -14,6 +14,7 @@ from tests.lab.gcp import discovery
 from tests.lab.gcp.compute import PROJECT
 from tests.lab.gcp.discovery import ApiError, Call
 from tests.lab.gcp.iam import OBJECT_USER, RIGHTS
+from tests.lab.gcp.login import CREDENTIALS, STS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -95,6 +96,8 @@ class Front:
         query = dict(parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True))
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         who = self._who(environ.get("HTTP_AUTHORIZATION", ""))
+        if host in (STS, CREDENTIALS):
+            return self._log_in(host, path, environ, body, start)
         plain = host == "storage.googleapis.com" and not path.startswith("/storage/v1/")
         serve = self._object if plain else self._method
         verb = environ["REQUEST_METHOD"]
@@ -109,6 +112,20 @@ class Front:
             headers = [*headers, ("Content-Length", str(len(content)))]
         start(f"{status} {'OK' if status < 400 else 'Error'}", headers)
         return [b"" if verb == "HEAD" else content]
+
+    def _log_in(
+        self, host: str, path: str, environ: dict[str, Any], body: bytes, start: Callable[..., Any]
+    ) -> list[bytes]:
+        try:
+            found = self.gcp.login_service.serve(
+                host, path, environ.get("HTTP_AUTHORIZATION", ""), body
+            )
+            status, content = "200 OK", json.dumps(found).encode()
+        except ApiError as error:
+            status, content = f"{error.status} Error", _refusal(error)
+        length = ("Content-Length", str(len(content)))
+        start(status, [("Content-Type", "application/json"), length])
+        return [content]
 
     def _who(self, header: str) -> Principal | None:
         token = header.removeprefix("Bearer ")
