@@ -108,6 +108,8 @@ def test_a_single_machine_holds_nothing_worth_reading(google: GoogleRegion) -> N
     assert machine.run(ask).stdout == machine.instance.id  # root may
     refused = machine.run(f"runuser -u runner -- {ask}")
     assert (refused.returncode, refused.stdout) == (7, "")
+    rules = machine.run("iptables -t mangle -S FORWARD").stdout  # of containers, which none is in
+    assert "-d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP" in rules
     submit(google, "train", "id -un; sudo id -un; env")
     wait(google, lambda: ended(google, "train") == "success", "the job")
     log = google.github.job("train").log
