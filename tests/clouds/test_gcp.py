@@ -603,6 +603,12 @@ def test_a_project_that_nobody_has_set_up(gcp_rig: GcpRig, monkeypatch: pytest.M
     running(gcp_rig, launch(gcp_rig))  # by whoever may
 
 
+def test_where_nobody_has_set_anything_up_nothing_is_there(gcp_rig: GcpRig) -> None:
+    gcp_rig.gcp.storage.buckets.clear()
+    assert gcp_rig.cloud.tasks() == []
+    steps.delete(gcp_rig.cloud.plan(Task(id=gcp_rig.task().id)).resources)
+
+
 def test_setting_up_twice_changes_nothing(gcp_rig: GcpRig) -> None:
     policy = gcp_rig.gcp.iam.policy
     assert gcp_rig.cloud.setup() == []
@@ -726,6 +732,20 @@ def test_events_are_typed_whatever_they_are_about() -> None:
     often = read(*[Error(EXHAUSTED, "a")] * happenings.CHANCES)
     assert often[-1].kind == "capacity"
     assert [one.kind for one in read(Error("INVALID_USAGE", "a"))] == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "microseconds"),
+    [
+        ("2026-11-01T10:00:00.123-08:00", 123000),
+        ("2026-11-01T18:00:00Z", 0),
+        ("2026-11-01T18:00:00.123456789Z", 123456),
+        ("2026-11-01T18:00:00.1Z", 100000),
+    ],
+)
+def test_times_are_understood_however_exact_they_are(text: str, microseconds: int) -> None:
+    found = happenings._time(text)
+    assert found == datetime(2026, 11, 1, 18, 0, 0, microseconds, timezone.utc)
 
 
 def test_the_fake_refuses_what_isnt_described(gcp_rig: GcpRig) -> None:

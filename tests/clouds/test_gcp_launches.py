@@ -145,6 +145,19 @@ def test_the_clouds_mistakes_are_told_before_the_forge_is_asked(
     assert "git.example" not in done.err
 
 
+def test_the_commands_for_administrators(
+    gcp_rig: GcpRig, cli: Cli, environment: Mapping[str, str]
+) -> None:
+    role = cli.run("permissions", "gcp").json  # takes no login
+    assert "compute.instanceTemplates.create" in role["includedPermissions"]
+    assert role.keys() == {"title", "description", "stage", "includedPermissions"}
+    admin = {**environment, **gcp_rig.gcp.environment()}
+    assert "nothing to do" in cli.run("setup", "gcp", environment=admin).out
+    gcp_rig.gcp.iam.accounts.clear()
+    refused = cli.run("setup", "gcp", environment=environment, code=3)
+    assert "service account cml-runner is missing, and we may not make it" in refused.err
+
+
 def test_a_dry_run_makes_nothing(gcp_rig: GcpRig, cli: Cli, environment: Mapping[str, str]) -> None:
     before = len(gcp_rig.gcp.app.calls)
     done = cli.run("launch", *IN_REGION, "--dry-run", environment=environment)

@@ -101,10 +101,9 @@ class Group:
             operations = pool.submit(self._operations)
             own = pool.submit(self.bucket.store.load, happenings.OWN, list[Happening])
             claim = pool.submit(self.bucket.claim)
-        since = claim.result().created if claim.result() else None  # type: ignore[union-attr]
-        zones = self.site.zones if self.site else ()
-        marked = own.result() or []
-        found = happenings.of_group(errors.result(), zones)
+        marked, begun = own.result() or [], claim.result()
+        found = happenings.of_group(errors.result(), self.site.zones if self.site else ())
+        since = begun.created if begun else None
         found += happenings.of_machines(operations.result(), since, marked)
         return sorted([*found, *marked], key=lambda one: one.at)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -79,4 +80,5 @@ def _part(url: str, what: str) -> str:
 
 
 def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    exact = re.sub(r"\.(\d{1,6})\d*", lambda found: f".{found[1]:0<6}", text)
+    return datetime.fromisoformat(exact.replace("Z", "+00:00"))
