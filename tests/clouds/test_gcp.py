@@ -182,12 +182,45 @@ def test_the_users_own_choices(gcp_rig: GcpRig) -> None:
         assert disk["diskSizeGb"] == "50"
 
 
+@pytest.mark.parametrize("address", ["203.0.113.7", "2001:db8::7"])
+def test_a_key_opens_one_port_for_one_address(
+    gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    import requests
+
+    class Answer:
+        text = f"{address}\n"
+
+        def raise_for_status(self) -> None: ...
+
+    monkeypatch.setattr(requests, "get", lambda *_, **__: Answer())
+    key = gcp_rig.gcp.admin["private_key"]
+    wanted = task(gcp_rig, ssh_key=key, image="me@ubuntu-os-cloud/ubuntu-2404-lts-amd64")
+    launch(gcp_rig, wanted)
+    launch(gcp_rig, replace(wanted, id=gcp_rig.task().id))  # the rule is there already
+    data = template(gcp_rig, wanted)
+    items = {one["key"]: one["value"] for one in data["metadata"]["items"]}
+    assert items["ssh-keys"].startswith("me:ssh-rsa ")
+    assert items["enable-oslogin"] == "FALSE"
+    _, name = data["tags"]["items"]
+    rule = gcp_rig.gcp.compute.firewalls[name]
+    assert (rule["targetTags"], rule["allowed"]) == (
+        [name],
+        [{"IPProtocol": "tcp", "ports": ["22"]}],
+    )
+    assert rule["sourceRanges"] == [f"{address}/{128 if ':' in address else 32}"]
+    assert rule["priority"] < gcp_rig.gcp.compute.firewalls["cml-runner"]["priority"]
+    assert key not in repr(gcp_rig.gcp.compute.templates)
+
+
 # What can't be had
 
 
 def test_every_mistake_is_told_before_anything_is_sent(gcp_rig: GcpRig) -> None:
     wanted = replace(
-        task(gcp_rig, types=("huge",), spot_price=0.5, options={"aws-subnet": "x"}),
+        task(
+            gcp_rig, types=("huge",), spot_price=0.5, ssh_key="no key", options={"aws-subnet": "x"}
+        ),
         program=Program(version="1", index="https://me:secret@x/"),
         expires=datetime.now(timezone.utc) + timedelta(days=200),
     )
@@ -195,6 +228,7 @@ def test_every_mistake_is_told_before_anything_is_sent(gcp_rig: GcpRig) -> None:
     with pytest.raises(ConfigurationError) as caught:
         gcp_rig.cloud.plan(wanted)
     told = "\n".join(caught.value.mistakes)
+    assert "--cloud-ssh-private: no private key" in told
     for part in ("huge", "aws-subnet", "credentials", "--cloud-spot-price", "--max-lifetime"):
         assert part in told
     assert len(gcp_rig.gcp.app.calls) == before
@@ -525,6 +559,8 @@ def least(rig: GcpRig, monkeypatch: pytest.MonkeyPatch, without: str = "") -> No
 
 ONLY_AT_TIMES = {
     "compute.acceleratorTypes.list",  # GPUs that are attached
+    "compute.firewalls.create",  # --cloud-ssh-private
+    "compute.networks.updatePolicy",
     "compute.images.get",  # images of one's own project
     "compute.images.getFromFamily",
     "compute.images.useReadOnly",

@@ -127,6 +127,12 @@ def test_images(text: str, size: str, project: str, name: str, family: bool) -> 
     assert found == catalogue.Image(project=project, name=name, family=family)
 
 
+def test_who_logs_in_to_an_image() -> None:
+    machines = catalogue.types(("m",))
+    assert catalogue.image("", machines).user == "ubuntu"
+    assert catalogue.image("debian@debian-cloud/debian-12", machines).user == "debian"
+
+
 @pytest.mark.parametrize("text", ["debian", "ami-12345678", "user@project", "x@y/Z"])
 def test_what_is_no_image(text: str) -> None:
     with pytest.raises(ConfigurationError, match="FAMILY-OR-IMAGE"):

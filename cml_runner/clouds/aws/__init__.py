@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import bootstrap, clouds
+from cml_runner import bootstrap, clouds, keys
 from cml_runner.clouds.aws import account, catalogue, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
@@ -32,7 +32,6 @@ from cml_runner.clouds.aws.resources import (
     Settings,
     lease,
     leases,
-    public_key,
 )
 from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
@@ -167,7 +166,7 @@ def _mistakes(task: Task) -> list[str]:
             found.append(f"--cloud-metadata {key}: keys are letters, digits and + - = . , _ : @")
     if task.machine.ssh_key:
         try:
-            public_key(task.machine.ssh_key)
+            keys.public_key(task.machine.ssh_key)
         except ValueError as error:
             found.append(f"--cloud-ssh-private: {error}")
     return found

@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import bootstrap, clouds
+from cml_runner import bootstrap, clouds, keys
 from cml_runner.clouds.gcp import account, catalogue, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
@@ -172,7 +172,10 @@ def _mistakes(task: Task) -> list[str]:
         for name in task.machine.options
     ]
     if task.machine.ssh_key:
-        found.append("--cloud-ssh-private: nobody gets into machines on Google Cloud yet")
+        try:
+            keys.public_key(task.machine.ssh_key)
+        except ValueError as error:
+            found.append(f"--cloud-ssh-private: {error}")
     if task.machine.spot_price > 0:
         found.append("--cloud-spot-price: Google Cloud has but its own price: leave it out")
     if task.expires and task.expires > datetime.now(timezone.utc) + LONGEST:

@@ -13,6 +13,7 @@ The bucket is made last, so that its existence stands for all of them.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import wait
@@ -53,6 +54,7 @@ LAUNCHER_PERMISSIONS = (
     "compute.acceleratorTypes.list",  # with GPUs that are attached
     "compute.disks.create",
     "compute.disks.setLabels",
+    "compute.firewalls.create",  # --cloud-ssh-private
     "compute.firewalls.get",
     "compute.globalOperations.get",
     "compute.globalOperations.list",
@@ -77,6 +79,7 @@ LAUNCHER_PERMISSIONS = (
     "compute.instances.setServiceAccount",
     "compute.instances.setTags",
     "compute.machineTypes.list",
+    "compute.networks.updatePolicy",  # --cloud-ssh-private
     "compute.regionOperations.get",
     "compute.subnetworks.use",
     "compute.subnetworks.useExternalIp",
@@ -99,6 +102,11 @@ def address(project: str) -> str:
     domain, _, name = project.rpartition(":")
     of = f"{name}.{domain}" if domain else name
     return f"{ACCOUNT}@{of}.iam.gserviceaccount.com"
+
+
+def ssh(address: str) -> str:
+    """Name the rule that lets one address in, and the tag of machines for which it holds."""
+    return f"{FIREWALL}-ssh-{address.replace('.', '-').replace(':', '-')}".rstrip("-")
 
 
 def launcher_role() -> dict[str, Any]:
@@ -153,13 +161,25 @@ class Shared:
         )
         return any(one["name"] == self.bucket for one in found.get("items", []))
 
-    def has_firewall(self) -> bool:
-        """Say if the rule is there that lets nothing in."""
+    def has_firewall(self, name: str = FIREWALL) -> bool:
+        """Say if a rule is there; ours lets nothing in."""
         try:
-            self._session.call("Firewalls", "get", firewall=FIREWALL)
+            self._session.call("Firewalls", "get", firewall=name)
         except NotFound:
             return False
         return True
+
+    def open_ssh(self, address: str) -> None:
+        """Let one address in, to port 22 of machines that have this rule's name as a tag."""
+        length = 128 if ":" in address else 32
+        rule = {
+            **self._rule(ssh(address), f"port 22 from {address}"),
+            "priority": PRIORITY - 1,
+            "source_ranges": [f"{address}/{length}"],
+            "allowed": [{"I_p_protocol": "tcp", "ports": ["22"]}],
+        }
+        with suppress(AlreadyExists):
+            self._session.change("Firewalls", "insert", firewall_resource=rule)
 
     def setup(self) -> list[str]:
         """Make what is missing; say what is new.
@@ -263,13 +283,9 @@ class Shared:
         if self.has_firewall():
             return False
         rule = {
-            "name": FIREWALL,
-            "description": "nothing comes in to machines of cml-runner",
-            "network": f"projects/{self._session.project}/global/networks/{NETWORK}",
-            "direction": "INGRESS",
+            **self._rule(FIREWALL, "nothing comes in"),
             "priority": PRIORITY,
             "source_ranges": ["0.0.0.0/0"],
-            "target_tags": [NETWORK_TAG],
             "denied": [{"I_p_protocol": "all"}],
         }
         try:
@@ -277,6 +293,16 @@ class Shared:
         except AlreadyExists:
             return False
         return True
+
+    def _rule(self, name: str, what: str) -> dict[str, Any]:
+        """Begin a rule for machines that have its name as a tag."""
+        return {
+            "name": name,
+            "description": f"machines of cml-runner: {what}",
+            "network": f"projects/{self._session.project}/global/networks/{NETWORK}",
+            "direction": "INGRESS",
+            "target_tags": [name],
+        }
 
     def _bucket(self) -> bool:
         settings = {

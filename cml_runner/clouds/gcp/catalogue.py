@@ -68,6 +68,7 @@ class Image:
     project: str
     name: str
     family: bool = False  # it can be nothing else
+    user: str = "ubuntu"  # who logs in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,8 @@ def image(text: str, machines: Sequence[Type]) -> Image:
         project, _, name = path.partition("/")
         return Image(project=project, name=name, family=True)
     if match := NATIVE_IMAGE.fullmatch(text):
-        return Image(project=match["project"], name=match["name"])
+        user = match["user"] or "ubuntu"
+        return Image(project=match["project"], name=match["name"], user=user)
     msg = (
         f"--cloud-image {text}: write ubuntu, nvidia or USER@PROJECT/FAMILY-OR-IMAGE,"
         " such as ubuntu@ubuntu-os-cloud/ubuntu-2204-lts"

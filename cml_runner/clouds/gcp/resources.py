@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cml_runner import bootstrap, store
+from cml_runner import bootstrap, keys, store
 from cml_runner.clouds.gcp.account import (
     LABEL,
     LEASES,
@@ -22,6 +22,7 @@ from cml_runner.clouds.gcp.account import (
     TASKS,
     address,
     bucket,
+    ssh,
 )
 from cml_runner.errors import AlreadyExists, NotFound
 from cml_runner.model import Lease
@@ -239,6 +240,7 @@ class Template:
             "user-data": start_script(task, self.bucket),
             LABEL: self.name,
             "block-project-ssh-keys": "TRUE",
+            **self._login(),
         }
         network = {
             "network": f"projects/{project}/global/networks/{NETWORK}",
@@ -251,10 +253,21 @@ class Template:
             "service_accounts": [{"email": account, "scopes": list(self.site.identity.scopes)}],
             "metadata": {"items": [{"key": key, "value": metadata[key]} for key in metadata]},
             "labels": labels(task),
-            "tags": {"items": [NETWORK_TAG]},
+            "tags": {
+                "items": [NETWORK_TAG, *([ssh(self.site.address)] if self.site.address else [])]
+            },
             "scheduling": _scheduling(task, first),
             **_accelerators(first),
         }
+
+    def _login(self) -> dict[str, str]:
+        """Let whoever has the user's key in."""
+        assert self.site
+        private = self.bucket.task.machine.ssh_key
+        if not private:
+            return {}
+        public = keys.public_key(private).decode()
+        return {"ssh-keys": f"{self.site.user}:{public}", "enable-oslogin": "FALSE"}
 
     def _disk(self, first: Type) -> dict[str, Any]:
         assert self.site

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from cml_runner import keys
 from cml_runner.clouds.gcp import catalogue
-from cml_runner.clouds.gcp.account import Shared
+from cml_runner.clouds.gcp.account import Shared, ssh
 from cml_runner.errors import ConfigurationError, NoCapacity, NotFound
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Site:
     ) -> None:
         self._session, self._task, self._zone = session, task, zone
         self._wanted, self._image, self.identity = types, image, identity
+        self.user = image.user
 
     def look(self) -> None:
         """Look everything up, and raise what stands against a launch.
@@ -59,6 +61,7 @@ class Site:
             lambda: self.image,
             lambda: self._machines,
             lambda: self._gpus,
+            lambda: self.address,
         )
         with ThreadPoolExecutor(len(lookups), thread_name_prefix="lookup") as pool:
             found = [pool.submit(look) for look in lookups]
@@ -66,6 +69,13 @@ class Site:
         _ = self.zones
         if not all(one.result() for one in found[:2]):
             shared.setup()
+        if self.address and not shared.has_firewall(ssh(self.address)):
+            shared.open_ssh(self.address)
+
+    @cached_property
+    def address(self) -> str:
+        """Ours on the internet, if people want to log in from here."""
+        return keys.own_address() if self._task.machine.ssh_key else ""
 
     @cached_property
     def image(self) -> Image:
