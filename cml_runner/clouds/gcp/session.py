@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import uuid
+import warnings
 from contextlib import contextmanager
 from datetime import timezone
 from functools import cached_property
@@ -170,7 +171,8 @@ class Session:
     @cached_property
     def _sdk(self) -> Any:
         try:
-            from google.cloud import compute_v1
+            with _quiet():
+                from google.cloud import compute_v1
         except ImportError as error:
             raise MissingDependency("gcp") from error
         return compute_v1
@@ -204,9 +206,10 @@ class Session:
 def translated(what: str) -> Iterator[None]:
     """Raise our errors in place of the SDK's."""
     try:
-        import requests
-        from google.api_core import exceptions
-        from google.auth import exceptions as logins
+        with _quiet():
+            import requests
+            from google.api_core import exceptions
+            from google.auth import exceptions as logins
     except ImportError as error:
         raise MissingDependency("gcp") from error
     try:
@@ -225,6 +228,14 @@ def translated(what: str) -> Iterator[None]:
         raise CredentialsError(msg) from error
     except requests.RequestException as error:
         raise _unreachable(error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Import without the warning that some day a Python will be too old for the SDK."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def kind(code: str, message: str) -> str:
