@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from tests.lab.region import Region
 
@@ -48,7 +49,7 @@ def launches(
             show(what, f"{spent:.2f} s", f"{len(calls)} calls", row, aim=aim)
 
 
-def in_a_row(calls: Sequence[Entry]) -> int:
+def in_a_row(calls: Sequence[Any]) -> int:
     """Count the calls of the longest chain in which each began after the one before had ended."""
     number, end = 0, 0.0
     for call in sorted(calls, key=lambda one: one.ended):

@@ -40,6 +40,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("CML_RUNNER_HOME", str(home / ".cml-runner"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # this machine may be one of EC2
     monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", "")  # or of Azure
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # or one of Google's
 
 
 @pytest.fixture(autouse=True)

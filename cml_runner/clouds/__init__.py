@@ -102,6 +102,7 @@ class Cloud(Protocol):
 
     dedicated: ClassVar[bool]  # each machine is a system of its own in which nothing else runs
     keeps: ClassVar[bool]  # tasks with data can be had: Task.keeps, and container()
+    extra: ClassVar[str]  # of our package, which machines need to speak to it; empty: none
     metadata_service: ClassVar[bool]  # a machine's identity can be had over its network
 
     def __init__(self, region: str) -> None:
@@ -169,6 +170,11 @@ class Cloud(Protocol):
 def named(text: str) -> str:
     """Return a cloud's own name."""
     return ALIASES.get(text, text)
+
+
+def machines_need(name: str) -> str:
+    """Name the extra of our package that the named cloud's machines need."""
+    return str(import_module(f"{__name__}.{name}").Cloud.extra) if name in NAMES else ""
 
 
 def load(name: str, region: str) -> Cloud:

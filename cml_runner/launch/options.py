@@ -36,7 +36,6 @@ DISK = 35  # GB
 IDLE = (
     "tpi_version", "cml_version", "tf_resource", "gcp_access_token", "runner_path", "destroy_delay",
 )  # fmt: skip
-WITHOUT_SDK = ("azure", "kubernetes")  # machines of these
 ONLY_ON_CLOUDS = ("cloud_spot", "cloud_gpu", "cloud_startup_script", "cloud_ssh_private")
 
 
@@ -309,9 +308,9 @@ def _identifier(name: str, url: str) -> Identifier:
 
 
 def requirement(cloud: str) -> str:
-    """Name the package that a machine needs; some need no SDK to speak to their cloud."""
-    extra = f"[{cloud}]" if cloud not in ("", *WITHOUT_SDK) else ""
-    return f"cml-runner{extra}=={__version__}"
+    """Name the package that a machine needs."""
+    extra = clouds.machines_need(cloud)
+    return f"cml-runner{f'[{extra}]' if extra else ''}=={__version__}"
 
 
 def _split(text: str) -> tuple[str, ...]:

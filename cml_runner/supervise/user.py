@@ -191,11 +191,21 @@ def _cut_off(ids: Sequence[range]) -> None:
             except RunnerError:
                 if tool == "iptables" or Path("/proc/net/if_inet6").exists():
                     raise
+        _cut_off_containers(tool, address)
+
+
+def _cut_off_containers(tool: str, address: str) -> None:
+    """Drop what is forwarded there, before the rules of whoever runs containers let it pass."""
+    table = ("-w", "-t", "mangle")
+    rule = ("FORWARD", "-d", address, "-p", "tcp", "--dport", "80", "-j", "DROP")
+    done = _succeeds(tool, *table, "-C", *rule) or _succeeds(tool, *table, "-I", *rule)
+    if not done and tool == "iptables":
+        log.warning("containers can reach the metadata service")
 
 
 def _cut_off_with_nft(spans: Sequence[str]) -> None:
     table = "inet cml_runner"
-    chain = f"{table} output"
+    chain, forward = f"{table} output", f"{table} forward"
     if not shutil.which("nft"):
         msg = "neither iptables nor nft is here to keep jobs from the metadata service"
         raise RunnerError(msg)
@@ -207,6 +217,9 @@ def _cut_off_with_nft(spans: Sequence[str]) -> None:
         f"add chain {chain} {{ type filter hook output priority 0; }}",
         f"add rule {chain} {who} ip daddr {METADATA['iptables']} reject",
         f"add rule {chain} {who} ip6 daddr {METADATA['ip6tables']} reject",
+        f"add chain {forward} {{ type filter hook forward priority -150; }}",
+        f"add rule {forward} tcp dport 80 ip daddr {METADATA['iptables']} drop",
+        f"add rule {forward} tcp dport 80 ip6 daddr {METADATA['ip6tables']} drop",
     ]
     _run("nft", "\n".join(rules))
 

@@ -20,6 +20,7 @@ from cml_runner.errors import NotReady
 from cml_runner.model import Identifier, Task
 from tests.clouds.aws_rig import rig as aws
 from tests.clouds.azure_rig import rig as azure
+from tests.clouds.gcp_rig import rig as gcp
 from tests.clouds.kubernetes_rig import rig as kubernetes
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cml_runner.model import Happening, Notice
     from tests.clouds.aws_rig import AwsRig
     from tests.clouds.azure_rig import AzureRig
+    from tests.clouds.gcp_rig import GcpRig
     from tests.clouds.kubernetes_rig import KubernetesRig
     from tests.lab.town import Country
 
@@ -164,6 +166,11 @@ def aws_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[AwsRig]:
 @pytest.fixture
 def azure_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureRig]:
     yield from azure(monkeypatch)
+
+
+@pytest.fixture
+def gcp_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GcpRig]:
+    yield from gcp(tmp_path, monkeypatch)
 
 
 @pytest.fixture

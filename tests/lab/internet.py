@@ -35,6 +35,7 @@ NAMES = (
     *("*.us-east-1.amazonaws.com", "*.s3.us-east-1.amazonaws.com", "*.lab.example"),
     *("*.eu-west-1.amazonaws.com", "*.eu-north-1.amazonaws.com", "*.s3.amazonaws.com"),
     *("management.azure.com", "*.blob.core.windows.net", "login.microsoftonline.com"),
+    "*.googleapis.com",
     *("gitlab.com", "bitbucket.org", "*.bitbucket.org", "*.atlassian.com"),
 )
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET

@@ -46,7 +46,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
 class Instance(Protocol):
-    """What a cloud hands over."""
+    """What a cloud says of a machine."""
 
     @property
     def id(self) -> str: ...
@@ -66,7 +66,7 @@ def seeded(instance: Instance) -> dict[str, str]:
 
 
 class Machine:
-    """One of them."""
+    """One of them; `files` are what its cloud's images have in place of the system's."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Machine:
         self._system, self._directory = system, directory
         self._name = f"{internet.name}-{number}"
         self._link = f"m{number}"
-        self._said, self._ended = said, ended
+        self._said, self._ended, self._files = said, ended, files or {}
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._over = threading.Event()

@@ -17,7 +17,7 @@ import sys
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from tests.lab.aws import AWS
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.lab.github import GitHub
+    from tests.lab.machines import Instance
     from tests.worlds import World
 
+Own = TypeVar("Own", bound="Region")
 PACKAGES, FORGE = "packages.lab.example", "git.lab.example"
 TOOLS = ("systemd-nspawn", "ip", "nsenter", "mount")
 HOP = ("connection", "keep-alive", "transfer-encoding", "content-length")
@@ -71,7 +73,7 @@ class Region:
         self.world: World = WORLDS[forge](directory)
         self.launcher: dict[str, str] = {}  # keys; empty: those of an administrator
 
-    def __enter__(self) -> Region:
+    def __enter__(self: Own) -> Own:
         self.internet = self._stack.enter_context(self.internet)
         sites = self.enter(self._stack)
         self._stack.callback(self.world.leave_alone)

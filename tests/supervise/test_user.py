@@ -81,13 +81,33 @@ def test_it_is_cut_off_from_the_metadata_service(tools: Tools, tmp_path: Path) -
     account = prepare()
     uid = pwd.getpwnam(NOBODY).pw_uid
     assert account.ids == (range(uid, uid + 1), range(700000, 765536))
-    inserted = [call for call in tools.calls() if " -I " in call]
+    inserted = [call for call in tools.calls() if " -I " in call and "mangle" not in call]
     tail = "-p tcp --dport 80 -j REJECT"
     assert inserted == [
         f"{tool} -w -I OUTPUT -d {address} -m owner --uid-owner {span} {tail}"
         for tool, address in user.METADATA.items()
         for span in (f"{uid}-{uid}", "700000-765535")
     ]
+
+
+def test_containers_are_cut_off_as_well(tools: Tools) -> None:
+    for name in user.METADATA:
+        tools.add(name, 'case "$*" in *-C*) exit 1;; esac')
+    prepare()
+    inserted = [call for call in tools.calls() if " -I " in call and "mangle" in call]
+    assert inserted == [
+        f"{tool} -w -t mangle -I FORWARD -d {address} -p tcp --dport 80 -j DROP"
+        for tool, address in user.METADATA.items()
+    ]
+
+
+def test_where_containers_can_not_be_cut_off_this_is_told(
+    tools: Tools, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in user.METADATA:
+        tools.add(name, 'case "$*" in *mangle*) exit 3;; esac')
+    prepare()
+    assert "containers can reach the metadata service" in caplog.text
 
 
 def test_a_rule_is_not_set_twice(tools: Tools) -> None:
@@ -105,6 +125,7 @@ def test_nft_will_do_as_well(tools: Tools) -> None:
     text = "\n".join(tools.calls())
     assert f"{who} ip daddr 169.254.169.254 reject" in text
     assert f"{who} ip6 daddr fd00:ec2::254 reject" in text
+    assert "cml_runner forward tcp dport 80 ip daddr 169.254.169.254 drop" in text
 
 
 def test_what_was_promised_is_kept_or_refused(

@@ -23,7 +23,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds
+from cml_runner import bootstrap, clouds, keys
 from cml_runner.clouds.aws import account, catalogue, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
@@ -34,7 +34,6 @@ from cml_runner.clouds.aws.resources import (
     Settings,
     lease,
     leases,
-    public_key,
 )
 from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
@@ -59,6 +58,7 @@ class Cloud:
     """One account, that of the credentials which the SDK finds, in one region."""
 
     dedicated = keeps = metadata_service = True
+    extra = "aws"
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)
@@ -192,7 +192,7 @@ def _mistakes(task: Task) -> list[str]:
         )
     if task.machine.ssh_key:
         try:
-            public_key(task.machine.ssh_key)
+            keys.public_key(task.machine.ssh_key)
         except ValueError as error:
             found.append(f"--cloud-ssh-private: {error}")
     return found

@@ -16,6 +16,7 @@ import msgspec
 from cml_runner import bootstrap, store
 from cml_runner.clouds.aws.account import LEASES, ROLE, TAG, TASKS, Shared
 from cml_runner.errors import AlreadyExists, NotFound, RunnerError
+from cml_runner.keys import public_key
 from cml_runner.model import Lease
 
 if TYPE_CHECKING:
@@ -283,24 +284,6 @@ def tags(task: Task, *kinds: str) -> list[dict[str, Any]]:
 def profile(permissions: str) -> dict[str, str]:
     """Name the machine's identity, as EC2 wants it."""
     return {"Arn" if permissions.startswith("arn:") else "Name": permissions or ROLE}
-
-
-def public_key(private: str) -> bytes:
-    """Derive the public half of a PEM. Raises ValueError."""
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - as slow as an SDK
-
-    text = private.replace("\\n", "\n").strip().encode() + b"\n"
-    load = serialization.load_pem_private_key
-    if b"OPENSSH PRIVATE KEY" in text:
-        load = serialization.load_ssh_private_key
-    try:
-        key = load(text, password=None)
-    except Exception as error:
-        msg = f"no private key without a passphrase: {error}"
-        raise ValueError(msg) from error
-    return key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
 
 
 def _delete(bucket: Bucket, kind: str, key: str, name: str) -> None:

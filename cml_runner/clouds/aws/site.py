@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import keys
 from cml_runner.clouds.aws import catalogue
 from cml_runner.clouds.aws.account import SECURITY_GROUP, Shared
-from cml_runner.errors import ConfigurationError, NoCapacity, NotFound, RunnerError
+from cml_runner.errors import ConfigurationError, NoCapacity, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ class Site:
         """Ours on the internet, if people want to log in from here."""
         if not self._task.machine.ssh_key:
             return ""
-        return _own_address()
+        return keys.own_address()
 
     def _group(self, name: str) -> str:
         if name.startswith("sg-"):
@@ -239,16 +240,3 @@ def _settle(lookups: Sequence[Future[Any]]) -> None:
 
 def _filters(values: dict[str, str]) -> list[dict[str, Any]]:
     return [{"Name": name, "Values": [value]} for name, value in values.items()]
-
-
-def _own_address() -> str:
-    """Ask AWS from where we come."""
-    import requests
-
-    try:
-        answer = requests.get("https://checkip.amazonaws.com", timeout=10)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        msg = f"--cloud-ssh-private: can't tell this computer's address: {error}"
-        raise RunnerError(msg) from error
-    return str(answer.text).strip()

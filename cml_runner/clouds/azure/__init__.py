@@ -57,6 +57,7 @@ class Cloud:
 
     dedicated = metadata_service = True
     keeps = False
+    extra = ""
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)

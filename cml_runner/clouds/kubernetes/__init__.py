@@ -50,6 +50,7 @@ class Cloud:
 
     dedicated = True
     keeps = False
+    extra = ""
     metadata_service = False
     kept: int = KEPT  # a test may be in a hurry
     grace: int = pod.GRACE  # likewise

@@ -51,6 +51,7 @@ class Cloud:
 
     dedicated = metadata_service = False
     keeps = True
+    extra = ""
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 

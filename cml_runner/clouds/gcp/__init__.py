@@ -1,0 +1,206 @@
+"""Google Cloud: a regional managed instance group for each task, and one bucket for all.
+
+What a task consists of, all of it named after its identifier:
+
+    lease              object leases/REGION/ID.json in the project's bucket: the claim on the name
+    settings           object tasks/REGION/ID/settings.json, which only our machines may read;
+                       beside it the machines' logs and status
+    instance template  what machines are like; their end is in it, and their user data says where
+                       the settings are
+    instance group     over all zones in which one of the types can be had
+
+The pieces that all tasks share are in account.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+from cml_runner import bootstrap, clouds, keys
+from cml_runner.clouds.gcp import account, catalogue, machine
+from cml_runner.clouds.gcp.group import Group
+from cml_runner.clouds.gcp.resources import (
+    Bucket,
+    Claim,
+    Settings,
+    Template,
+    clear,
+    key,
+    lease,
+    opened,
+)
+from cml_runner.clouds.gcp.session import Session
+from cml_runner.clouds.gcp.site import Site
+from cml_runner.errors import ConfigurationError, RunnerError
+from cml_runner.model import Identifier, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from cml_runner.model import Lease, Notice
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 16  # objects read
+LONGEST = timedelta(days=120)  # that Compute Engine lets a machine have an end ahead
+
+
+class Cloud:
+    """One project, that of the credentials, in one region."""
+
+    dedicated = metadata_service = True
+    keeps = False
+    extra = ""
+
+    def __init__(self, region: str) -> None:
+        self.region, self.zone = catalogue.region(region)
+        self._session = Session(self.region)
+
+    def plan(self, task: Task) -> clouds.Plan:
+        """Name a task's resources; what must be known of project and region is asked later."""
+        alone = task == Task(id=task.id)  # which will do for all but creation
+        return self._plan(task, None if alone else self._understood(task))
+
+    def tasks(self) -> list[Lease]:
+        """Read the leases."""
+        objects = opened(
+            self._session.project,
+            account.LEASES,
+            self.region,
+            credentials=self._session.credentials,
+        )
+        names = [key.removesuffix(".json") for key in objects.keys("")]
+
+        def read(name: str) -> Lease | None:
+            with suppress(ConfigurationError):
+                claim = objects.load(f"{name}.json", Claim)
+                return lease(Task(id=Identifier.parse(name)), claim) if claim else None
+            return None
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [found for found in pool.map(read, names) if found]
+
+    def setup(self) -> list[str]:
+        """Make service account, role, firewall rule and bucket."""
+        return account.Shared(self._session).setup()
+
+    def permissions(self) -> Mapping[str, Any]:
+        """Write a custom role, as `gcloud iam roles create` takes it."""
+        return account.launcher_role()
+
+    @staticmethod
+    def rank() -> None:
+        """A group's machines have no numbers."""
+
+    @staticmethod
+    def forgotten() -> None:
+        """The bucket keeps it all."""
+
+    @staticmethod
+    def machine() -> str:
+        """Return the instance's number. Raises RunnerError where it can't be had."""
+        if found := machine.instance():
+            return found
+        msg = "the metadata service doesn't say which machine this is"
+        raise RunnerError(msg)
+
+    @staticmethod
+    def notice() -> Notice | None:
+        """Ask the metadata service, which answers as soon as there is news."""
+        return machine.notice()
+
+    def leave(self, identifier: Identifier, *, last: bool) -> None:
+        """Delete this machine and have none in its place or, as the last, delete everything.
+
+        The last one must outlive its group to do so: the group has to forget it first. It goes on
+        trying: a machine that just powered itself off would be made anew.
+        """
+        if not machine.instance() or not machine.belongs(str(identifier)):
+            return
+        departure = _insist(lambda: machine.Departure(str(identifier), self.region))
+        if not last:
+            _insist(departure.dismiss)
+            return
+        own = opened(departure.project, account.TASKS, self.region, str(identifier))
+        claims = opened(departure.project, account.LEASES, self.region)
+        steps: tuple[Callable[[], Any], ...] = (
+            lambda: clear(own),
+            departure.abandon,
+            departure.delete_group,
+            lambda: claims.delete(key(identifier)),
+            departure.delete_machine,
+        )
+        for step in steps:
+            _insist(step)
+
+    def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
+        bucket = Bucket(self._session, task, site)
+        settings, template = Settings(bucket), Template(bucket, site)
+        group = Group(bucket, site, template, (settings, template))
+        return clouds.Plan(
+            resources=(bucket, settings, template, group),
+            group=group,
+            bucket=bucket,
+            arch=site.arch if site else "x64",
+        )
+
+    def _understood(self, task: Task) -> Site:
+        """Understand what machines are asked for. Raises ConfigurationError with every mistake."""
+        wanted = task.machine
+        mistakes: list[str] = []
+
+        def read(reading: Callable[[], Any]) -> Any:
+            try:
+                return reading()
+            except ConfigurationError as error:
+                mistakes.extend(error.mistakes)
+                return None
+
+        types = read(lambda: catalogue.types(wanted.types, wanted.gpu))
+        image = types and read(lambda: catalogue.image(wanted.image, types))
+        identity = read(lambda: catalogue.identity(wanted.permissions))
+        mistakes += _mistakes(task)
+        read(lambda: _write_script(task))
+        if mistakes:
+            raise ConfigurationError(*mistakes)
+        return Site(self._session, task, self.zone, types, image, identity)
+
+
+def _mistakes(task: Task) -> list[str]:
+    """List what is wrong but for types, image and identity."""
+    found = [
+        f"--cloud-{name} makes no sense on Google Cloud: leave it out"
+        for name in task.machine.options
+    ]
+    if task.machine.ssh_key:
+        try:
+            keys.public_key(task.machine.ssh_key)
+        except ValueError as error:
+            found.append(f"--cloud-ssh-private: {error}")
+    if task.machine.spot_price > 0:
+        found.append("--cloud-spot-price: Google Cloud has but its own price: leave it out")
+    if task.expires and task.expires > datetime.now(timezone.utc) + LONGEST:
+        found.append("--max-lifetime: Google Cloud ends machines in 120 days at most")
+    return found
+
+
+def _write_script(task: Task) -> None:
+    """Write a start script for a project whose name we don't know yet."""
+    url = f"gs://cml-runner-{'0' * 30}/{account.TASKS}/{'0' * 24}/{task.id}"
+    bootstrap.machine(f"{url}#gcp/{'0' * 24}/{task.id}", task.program, task.expires)
+
+
+def _insist(action: Callable[[], Any], sleep: Callable[[float], None] = time.sleep) -> Any:
+    """Do it, whatever it takes: the deadline ends us otherwise."""
+    for pause in machine.pauses():
+        try:
+            return action()
+        except (RunnerError, OSError) as error:
+            log.warning("can't leave yet: %s", error)
+            sleep(pause)
+    raise AssertionError
