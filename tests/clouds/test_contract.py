@@ -96,9 +96,13 @@ def test_data_outlive_the_machines(rig: Rig) -> None:
         pytest.skip("there are no tasks with data")
     expires = datetime.now(timezone.utc) + timedelta(hours=1)
     task = replace(rig.task(SECRET), keeps=True, expires=expires)
-    plan = rig.launch(1, task)
+    plan = rig.cloud.plan(task)
+    for resource in plan.resources:
+        assert resource.create()
     (lease,) = rig.cloud.tasks()
     assert not lease.keeps, "it isn't launched yet, and may be swept"
+    plan.group.resize(1)
+    until(lambda: rig.running(plan))
     plan.group.expire(expires)
     bucket = plan.bucket.store
     bucket.write("data/000/b/1", b"data")

@@ -17,23 +17,17 @@ from __future__ import annotations
 import logging
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys
+from cml_runner import bootstrap, clouds, keys, leases
 from cml_runner.clouds.aws import account, catalogue, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
     Bucket,
-    Claim,
     KeyPair,
     LaunchTemplate,
-    Settings,
-    lease,
-    leases,
+    claims,
 )
 from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
@@ -50,7 +44,6 @@ log = logging.getLogger(__name__)
 
 TAG_KEY = re.compile(r"(?!aws:|_index$|\.{1,2}$)[A-Za-z0-9+\-=.,_:@]{1,128}")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-AT_ONCE = 16  # objects read
 PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
 
 
@@ -83,17 +76,7 @@ class Cloud:
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
-        objects = leases(self._session)
-        names = [key.removesuffix(".json") for key in objects.keys("")]
-
-        def read(name: str) -> Lease | None:
-            with suppress(ConfigurationError):
-                claim = objects.load(f"{name}.json", Claim)
-                return lease(Task(id=Identifier.parse(name)), claim) if claim else None
-            return None
-
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return [found for found in pool.map(read, names) if found]
+        return leases.listed(claims(self._session))
 
     def setup(self) -> list[str]:
         """Make role, instance profile, security group and bucket."""
@@ -145,8 +128,8 @@ class Cloud:
         _insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
-        bucket = Bucket(self._session, task, site)
-        settings = Settings(bucket)
+        bucket = Bucket(task, self._session, site)
+        settings = leases.Settings(bucket)
         # Whoever deletes doesn't know if there is a key.
         key = KeyPair(bucket) if task.machine.ssh_key or not site else None
         template = LaunchTemplate(bucket, site, key)
@@ -185,11 +168,7 @@ def _mistakes(task: Task) -> list[str]:
     for key in task.tags:
         if not TAG_KEY.fullmatch(key):
             found.append(f"--cloud-metadata {key}: keys are letters, digits and + - = . , _ : @")
-    longest = datetime.now(timezone.utc) + timedelta(days=account.KEPT - 2)
-    if task.keeps and task.expires and task.expires > longest:
-        found.append(
-            f"--timeout: less than {account.KEPT - 2} days, as our bucket forgets all then"
-        )
+    found += leases.mistakes(task, account.KEPT)
     if task.machine.ssh_key:
         try:
             keys.public_key(task.machine.ssh_key)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cml_runner.errors import AlreadyExists, CredentialsError, NotFound
+from cml_runner.leases import LEASES, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 SECURITY_GROUP = ROLE = "cml-runner"
 TAG = "cml-runner-id"  # on everything that belongs to one task; the value is its identifier
 OURS = "cml-*"  # all identifiers of runners
-LEASES, TASKS = "leases", "tasks"  # what is in the bucket
 KEPT = 30  # days
 VERSION = "2012-10-17"
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import base64
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from cml_runner import bootstrap, store
-from cml_runner.clouds.aws.account import LEASES, ROLE, TAG, TASKS, Shared
+from cml_runner import bootstrap
+from cml_runner import leases as base
+from cml_runner.clouds.aws.account import ROLE, TAG, Shared
 from cml_runner.errors import AlreadyExists, NotFound, RunnerError
 from cml_runner.keys import public_key
-from cml_runner.model import Lease
+from cml_runner.leases import LEASES, TASKS, Claim
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from cml_runner.clouds import Resource
@@ -27,56 +25,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAUNCH = timedelta(hours=1)  # the longest that one can take
 LONGEST_TAG = 256  # characters of a value
 
 
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What the lease object holds."""
-
-    created: datetime
-    expires: datetime | None
-    launched: bool = False
-    tags: dict[str, str] = field(default_factory=dict)
-    keeps: bool = False  # it stays when the machines are gone
-
-
-def leases(session: Session) -> store.Store:
+def claims(session: Session) -> Store:
     """Open what says which tasks there are."""
     return _open(session, LEASES)
 
 
-def lease(task: Task, claim: Claim) -> Lease:
-    """Say how long a task may be there; one whose launcher died before the end isn't long."""
-    expires = claim.expires
-    if not claim.launched:
-        given_up = claim.created + LAUNCH
-        expires = min(expires, given_up) if expires else given_up
-    return Lease(
-        id=task.id,
-        created=claim.created,
-        expires=expires,
-        tags=claim.tags,
-        keeps=claim.keeps and claim.launched,
-    )
-
-
 @dataclass(frozen=True, eq=False)
-class Bucket:
+class Bucket(base.Bucket):
     """The task's part of the account's bucket. Who has put its lease object there has the task."""
 
     session: Session
-    task: Task
     site: Site | None  # None: it won't be created
-    label: str = "lease"
-    needs: tuple[Resource, ...] = ()
-    ours: list[Claim] = field(default_factory=list, init=False)  # what we have put there
 
     @cached_property
-    def store(self) -> store.Store:
+    def store(self) -> Store:
         """Where the task's objects are."""
         return _open(self.session, f"{TASKS}/{self.task.id}")
+
+    @cached_property
+    def leases(self) -> Store:
+        """Where its lease is."""
+        return claims(self.session)
 
     def create(self) -> bool:
         """Put the lease there, unless there is one; before that, see if all else can be had."""
@@ -88,49 +60,17 @@ class Bucket:
             Shared(self.session).setup(self.site.network)
             return self._claim()
 
-    def delete(self) -> None:
-        """Delete all of the task's objects, the lease at last."""
-        self.store.remove(self.store.keys(""))
-        self.release()
-
-    def release(self) -> None:
-        """Delete the lease: nobody has the task any more."""
-        leases(self.session).delete(self._key)
-
-    def finish(self) -> None:
-        """Delete the lease, or leave it to whoever will delete the data."""
-        claim = self.claim()
-        if claim and claim.keeps and claim.launched:
-            leases(self.session).save(self._key, replace(claim, expires=None))
-        else:
-            self.release()
-
-    def claim(self) -> Claim | None:
-        """Read the lease."""
-        return leases(self.session).load(self._key, Claim)
-
-    def renew(self, expires: datetime | None) -> None:
-        """Write that the task is launched, and until when it may be there."""
-        old = self.ours[0] if self.ours else self.claim()
-        if old is None:
-            msg = f"{self.task.id} is gone: launch it again"
-            raise NotFound(msg)
-        new = replace(old, expires=expires, launched=True)
-        leases(self.session).save(self._key, new)
-
     def _claim(self) -> bool:
         """Put it with a call which makes sure whose bucket this is: its name can be guessed."""
-        now = datetime.now(timezone.utc)
-        task = self.task
-        content = Claim(created=now, expires=task.expires, tags=dict(task.tags), keeps=task.keeps)
+        content = Claim.new(self.task)
         try:
             self.session.call(
                 "s3",
                 "put_object",
                 Bucket=Shared(self.session).bucket,
                 ExpectedBucketOwner=self.session.account.id,
-                Key=f"{LEASES}/{self._key}",
-                Body=msgspec.json.encode(content),
+                Key=f"{LEASES}/{base.key(self.task.id)}",
+                Body=content.encoded(),
                 IfNoneMatch="*",
             )
         except AlreadyExists:
@@ -141,43 +81,6 @@ class Bucket:
             raise
         self.ours.append(content)
         return True
-
-    @property
-    def _key(self) -> str:
-        return f"{self.task.id}.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What the machines read; the only thing that is secret."""
-
-    bucket: Bucket
-    label: str = "settings"
-
-    @property
-    def needs(self) -> tuple[Resource, ...]:
-        """Without the lease it might be somebody else's."""
-        return (self.bucket,)
-
-    def create(self) -> bool:
-        """Write them, once the records of an older task of this name are gone."""
-        content = self.bucket.task.settings.encode()
-        with ThreadPoolExecutor(1) as pool:
-            older = pool.submit(self.bucket.store.keys, "")
-            new = self.bucket.store.claim(store.SETTINGS, content)
-            if self.bucket.ours:
-                for key in older.result():
-                    if key != store.SETTINGS:
-                        self.bucket.store.delete(key)
-                if not new:  # somebody's who didn't clear up
-                    self.bucket.store.write(store.SETTINGS, content)
-        return new or bool(self.bucket.ours)
-
-    def delete(self) -> None:
-        """Delete them, and all else that nobody wants to read when the task is over."""
-        self.bucket.store.delete(store.SETTINGS)
-        gone = [key for key in self.bucket.store.keys("") if not store.kept(key)]
-        self.bucket.store.remove(gone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +202,6 @@ def _delete(bucket: Bucket, kind: str, key: str, name: str) -> None:
             call("ec2", f"delete_{kind}", **{key: identifier})
 
 
-def _open(session: Session, prefix: str) -> store.Store:
+def _open(session: Session, prefix: str) -> Store:
     name = Shared(session).bucket
-    return store.Store(f"s3://{name}/{prefix}?region={session.region}", session.credentials)
+    return Store(f"s3://{name}/{prefix}?region={session.region}", session.credentials)

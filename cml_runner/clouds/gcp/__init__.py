@@ -15,29 +15,25 @@ The pieces that all tasks share are in account.py.
 from __future__ import annotations
 
 import logging
+import re
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys
+from cml_runner import bootstrap, clouds, keys, leases
 from cml_runner.clouds.gcp import account, catalogue, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
     Bucket,
-    Claim,
-    Settings,
     Template,
-    clear,
-    key,
-    lease,
     opened,
 )
 from cml_runner.clouds.gcp.session import Session
 from cml_runner.clouds.gcp.site import Site
 from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Task
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,15 +42,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16  # objects read
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 LONGEST = timedelta(days=120)  # that Compute Engine lets a machine have an end ahead
 
 
 class Cloud:
     """One project, that of the credentials, in one region."""
 
-    dedicated = metadata_service = True
-    keeps = False
+    dedicated = keeps = metadata_service = True
     extra = ""
 
     def __init__(self, region: str) -> None:
@@ -66,24 +61,23 @@ class Cloud:
         alone = task == Task(id=task.id)  # which will do for all but creation
         return self._plan(task, None if alone else self._understood(task))
 
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open any bucket that our credentials open, and those of the machines."""
+        name, _, path = address.partition("/")
+        if not BUCKET.fullmatch(name) or options:
+            msg = f"--storage-container {address}: NAME/PATH of a bucket; there are no options"
+            raise ConfigurationError(msg)
+        return Store(f"gs://{name}/{quote(path)}", self._session.credentials)
+
     def tasks(self) -> list[Lease]:
         """Read the leases."""
         objects = opened(
             self._session.project,
-            account.LEASES,
+            leases.LEASES,
             self.region,
             credentials=self._session.credentials,
         )
-        names = [key.removesuffix(".json") for key in objects.keys("")]
-
-        def read(name: str) -> Lease | None:
-            with suppress(ConfigurationError):
-                claim = objects.load(f"{name}.json", Claim)
-                return lease(Task(id=Identifier.parse(name)), claim) if claim else None
-            return None
-
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return [found for found in pool.map(read, names) if found]
+        return leases.listed(objects)
 
     def setup(self) -> list[str]:
         """Make service account, role, firewall rule and bucket."""
@@ -126,21 +120,21 @@ class Cloud:
         if not last:
             _insist(departure.dismiss)
             return
-        own = opened(departure.project, account.TASKS, self.region, str(identifier))
-        claims = opened(departure.project, account.LEASES, self.region)
+        own = opened(departure.project, leases.TASKS, self.region, str(identifier))
+        claims = opened(departure.project, leases.LEASES, self.region)
         steps: tuple[Callable[[], Any], ...] = (
-            lambda: clear(own),
+            lambda: leases.clear(own),
             departure.abandon,
             departure.delete_group,
-            lambda: claims.delete(key(identifier)),
+            lambda: leases.finish(claims, identifier),
             departure.delete_machine,
         )
         for step in steps:
             _insist(step)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
-        bucket = Bucket(self._session, task, site)
-        settings, template = Settings(bucket), Template(bucket, site)
+        bucket = Bucket(task, self._session, site)
+        settings, template = leases.Settings(bucket), Template(bucket, site)
         group = Group(bucket, site, template, (settings, template))
         return clouds.Plan(
             resources=(bucket, settings, template, group),
@@ -184,6 +178,7 @@ def _mistakes(task: Task) -> list[str]:
             found.append(f"--cloud-ssh-private: {error}")
     if task.machine.spot_price > 0:
         found.append("--cloud-spot-price: Google Cloud has but its own price: leave it out")
+    found += leases.mistakes(task, account.KEPT)
     if task.expires and task.expires > datetime.now(timezone.utc) + LONGEST:
         found.append("--max-lifetime: Google Cloud ends machines in 120 days at most")
     return found
@@ -191,7 +186,7 @@ def _mistakes(task: Task) -> list[str]:
 
 def _write_script(task: Task) -> None:
     """Write a start script for a project whose name we don't know yet."""
-    url = f"gs://cml-runner-{'0' * 30}/{account.TASKS}/{'0' * 24}/{task.id}"
+    url = f"gs://cml-runner-{'0' * 30}/{leases.TASKS}/{'0' * 24}/{task.id}"
     bootstrap.machine(f"{url}#gcp/{'0' * 24}/{task.id}", task.program, task.expires)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import wait
 from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, NotReady, RunnerError
+from cml_runner.leases import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,6 @@ ACCOUNT = NETWORK_TAG = FIREWALL = "cml-runner"
 ROLE, LAUNCHER = "cml_runner_machine", "cml_runner_launcher"
 LABEL = "cml-runner-id"  # on all that belongs to one task; the value is its identifier
 OURS = "cml-"  # all names of runners' groups, templates and machines begin so
-LEASES, TASKS = "leases", "tasks"  # what is in the bucket
 KEPT = 30  # days
 NETWORK = "default"
 PRIORITY = 900  # of a rule; the default network's own have 65534, most others 1000

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from cml_runner import bootstrap, keys, store
+from cml_runner import bootstrap, keys
+from cml_runner import leases as base
 from cml_runner.clouds.gcp.account import (
     LABEL,
-    LEASES,
     NETWORK,
     NETWORK_TAG,
-    TASKS,
     address,
     bucket,
     ssh,
 )
 from cml_runner.errors import AlreadyExists, NotFound
-from cml_runner.model import Lease
+from cml_runner.leases import LEASES, TASKS
+from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,143 +31,48 @@ if TYPE_CHECKING:
     from cml_runner.clouds.gcp.catalogue import Type
     from cml_runner.clouds.gcp.session import Session
     from cml_runner.clouds.gcp.site import Site
-    from cml_runner.model import Identifier, Task
-    from cml_runner.store import Store
+    from cml_runner.model import Task
 
 log = logging.getLogger(__name__)
 
-LAUNCH = timedelta(hours=1)  # the longest that one can take
 KEY, VALUE = re.compile(r"[a-z][a-z0-9_-]{0,62}"), re.compile(r"[a-z0-9_-]{0,63}")
 LABELS = 64 - 4  # that a machine may have, less what Google and we add
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What the lease object holds."""
-
-    created: datetime
-    expires: datetime | None
-    launched: bool = False
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 def opened(
     project: str,
     *path: str,
     credentials: Callable[[], Mapping[str, Any]] | None = None,
-) -> store.Store:
+) -> Store:
     """Open a part of the project's bucket."""
-    return store.Store(f"gs://{bucket(project)}/{'/'.join(path)}", credentials)
-
-
-def key(identifier: Identifier) -> str:
-    """Name a task's lease."""
-    return f"{identifier}.json"
-
-
-def clear(target: store.Store) -> None:
-    """Delete the settings, and all else that nobody wants to read when the task is over."""
-    for one in sorted(target.keys(""), key=lambda one: one != store.SETTINGS):
-        if not store.kept(one):
-            target.delete(one)
-
-
-def lease(task: Task, claim: Claim) -> Lease:
-    """Say how long a task may be there; one whose launcher died before the end isn't long."""
-    expires = claim.expires
-    if not claim.launched:
-        given_up = claim.created + LAUNCH
-        expires = min(expires, given_up) if expires else given_up
-    return Lease(id=task.id, created=claim.created, expires=expires, tags=claim.tags)
+    return Store(f"gs://{bucket(project)}/{'/'.join(path)}", credentials)
 
 
 @dataclass(frozen=True, eq=False)
-class Bucket:
+class Bucket(base.Bucket):
     """The task's part of the project's bucket. Who has put its lease object there has the task."""
 
     session: Session
-    task: Task
     site: Site | None  # None: it won't be created
-    label: str = "lease"
-    needs: tuple[Resource, ...] = ()
-    ours: list[Claim] = field(default_factory=list, init=False)  # what we have put there
 
     @cached_property
     def store(self) -> Store:
         """Where the task's objects are."""
         return self._open(TASKS, self.session.region, str(self.task.id))
 
+    @cached_property
+    def leases(self) -> Store:
+        """Where its lease is."""
+        return self._open(LEASES, self.session.region)
+
     def create(self) -> bool:
         """Put the lease there, unless there is one; before that, see if all else can be had."""
         assert self.site
         self.site.look()
-        now = datetime.now(timezone.utc)
-        content = Claim(created=now, expires=self.task.expires, tags=dict(self.task.tags))
-        if not self._leases.claim(key(self.task.id), msgspec.json.encode(content)):
-            return False
-        self.ours.append(content)
-        return True
-
-    def delete(self) -> None:
-        """Delete all of the task's objects, the lease at last."""
-        for one in self.store.keys(""):
-            self.store.delete(one)
-        self.release()
-
-    def release(self) -> None:
-        """Delete the lease: nobody has the task any more."""
-        self._leases.delete(key(self.task.id))
-
-    def claim(self) -> Claim | None:
-        """Read the lease."""
-        return self.ours[0] if self.ours else self._leases.load(key(self.task.id), Claim)
-
-    def renew(self, expires: datetime | None) -> None:
-        """Write that the task is launched, and until when it may be there."""
-        old = self.claim()
-        if old is None:
-            msg = f"{self.task.id} is gone: launch it again"
-            raise NotFound(msg)
-        new = Claim(created=old.created, expires=expires, launched=True, tags=old.tags)
-        self._leases.save(key(self.task.id), new)
-
-    @property
-    def _leases(self) -> Store:
-        return self._open(LEASES, self.session.region)
+        return super().create()
 
     def _open(self, *path: str) -> Store:
         return opened(self.session.project, *path, credentials=self.session.credentials)
-
-
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What machines have to know; only they can read it."""
-
-    bucket: Bucket
-    label: str = "settings"
-
-    @property
-    def needs(self) -> tuple[Resource, ...]:
-        """Who has no claim may not write there."""
-        return (self.bucket,)
-
-    def create(self) -> bool:
-        """Write them, and remove what an older task of this name has left."""
-        target, content = self.bucket.store, self.bucket.task.settings.encode()
-        with ThreadPoolExecutor(1) as pool:
-            older = pool.submit(target.keys, "")
-            new = target.claim(store.SETTINGS, content)
-            if self.bucket.ours:
-                for one in older.result():
-                    if one != store.SETTINGS:
-                        target.delete(one)
-                if not new:  # somebody's who didn't clear up
-                    target.write(store.SETTINGS, content)
-        return new or bool(self.bucket.ours)
-
-    def delete(self) -> None:
-        """Delete them, and all else that nobody wants to read when the task is over."""
-        clear(self.bucket.store)
 
 
 @dataclass(frozen=True, eq=False)
