@@ -524,7 +524,7 @@ def test_a_machine_whose_bucket_is_gone_ends_its_group(aws_rig: AwsRig) -> None:
     session.call("s3", "delete_bucket", Bucket=account.Shared(session).bucket)
     (machine,) = aws_rig.running(plan)
     aws_rig.leave(plan, machine)
-    until(lambda: aws_rig.aws.left() == [], "all to go", 10)
+    until(lambda: aws_rig.aws.left() == [], "all to go", 30)
 
 
 def test_before_it_can_speak_a_machine_has_its_console(aws_rig: AwsRig) -> None:

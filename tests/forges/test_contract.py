@@ -379,6 +379,7 @@ def test_a_single_runner_takes_one_job(scene: Scene, waiting: str, flag: Path) -
     else:  # it has to be told to end, and can't leave by itself
         scene.agent.stop(started.pid)
         started.ended()
+        scene.until(lambda: not scene.runner("one").busy)
         scene.forge.unregister(scene.runner("one"))
     scene.until(lambda: scene.names() == set())
     scene.becomes(first, "succeeded")

@@ -102,7 +102,7 @@ def test_kill_at_random_moments(bucket: Store, tmp_path: Path) -> None:
             if number % 5 == 0 and reached:
                 reached = max(reached, check(bucket, tmp_path / f"target-{number}", safe))
         helper.stdin.close()
-    assert safe > 4
+    assert safe > 1, "nothing was ever safe"
 
 
 def check(bucket: Store, target: Path, safe: int) -> int:
