@@ -813,5 +813,12 @@ def test_a_request_that_azure_does_not_know_is_refused(azure_rig: AzureRig) -> N
     own = session.Session()
     body = {"location": "westus2", "properties": {"orchestrationMod": "Flexible"}}
     with pytest.raises(RunnerError, match=r"orchestrationMod: unknown"):
-        own.call("PUT", PLACE.id("Compute/virtualMachineScaleSets", "x"), body)
+        own.call(
+            "compute",
+            "virtual_machine_scale_sets",
+            "begin_create_or_update",
+            PLACE.group,
+            "x",
+            body,
+        )
     assert azure_rig.azure.left() == []
