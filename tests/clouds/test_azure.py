@@ -29,7 +29,7 @@ from cml_runner.errors import (
 from cml_runner.model import Machine, Program, Task
 from cml_runner.wait import until
 from tests.lab.azure.front import LOST
-from tests.lab.azure.manager import SUBSCRIPTION
+from tests.lab.azure.manager import STATUS, SUBSCRIPTION
 
 if TYPE_CHECKING:
     from cml_runner.clouds import Plan
@@ -415,6 +415,14 @@ def test_an_operation_that_ends_badly(azure_rig: AzureRig) -> None:
         launch(azure_rig)
     assert azure_rig.azure.left() == []
     assert azure_rig.cloud.tasks() == []
+
+
+def test_an_answer_that_the_sdk_doesnt_understand(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STATUS, "Microsoft.Storage/storageAccounts/managementPolicies", 206)
+    with pytest.raises(RunnerError, match=r"management_policies.*invalid status"):
+        azure_rig.cloud.setup()
 
 
 def test_an_operation_that_cant_be_looked_at(azure_rig: AzureRig) -> None:

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,10 +233,11 @@ def translated(action: str) -> Iterator[None]:
         raise RunnerError(msg) from error
     except exceptions.HttpResponseError as error:
         response: Any = error.response
-        if response is None:
-            raise RunnerError(_first_line(error)) from error
-        content = arm.parsed(response.body())
-        raise arm.failure(response.status_code, content, action) from error
+        content = {} if response is None else arm.parsed(response.body())
+        if response is not None and response.status_code >= HTTPStatus.BAD_REQUEST:
+            raise arm.failure(response.status_code, content, action) from error
+        code, text = arm.details(content)  # of an operation, or the SDK doesn't understand it
+        raise arm.typed(code, text or _first_line(error), action) from error
     except exceptions.AzureError as error:
         raise RunnerError(_first_line(error)) from error
 
