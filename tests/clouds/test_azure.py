@@ -23,12 +23,13 @@ from cml_runner.errors import (
     MissingDependency,
     NoCapacity,
     NotFound,
+    NotReady,
     RunnerError,
 )
 from cml_runner.model import Machine, Program, Task
 from cml_runner.wait import until
 from tests.lab.azure.front import LOST
-from tests.lab.azure.manager import SUBSCRIPTION
+from tests.lab.azure.manager import STATUS, SUBSCRIPTION
 
 if TYPE_CHECKING:
     from cml_runner.clouds import Plan
@@ -414,6 +415,66 @@ def test_an_operation_that_ends_badly(azure_rig: AzureRig) -> None:
         launch(azure_rig)
     assert azure_rig.azure.left() == []
     assert azure_rig.cloud.tasks() == []
+
+
+def test_an_answer_that_the_sdk_doesnt_understand(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STATUS, "Microsoft.Storage/storageAccounts/managementPolicies", 206)
+    with pytest.raises(RunnerError, match=r"management_policies.*invalid status"):
+        azure_rig.cloud.setup()
+
+
+def test_an_operation_that_cant_be_looked_at(azure_rig: AzureRig) -> None:
+    fault = azure_rig.azure.fail(
+        "Microsoft.Resources/subscriptions/read", "AuthorizationFailed", status=403
+    )
+    with pytest.raises(CredentialsError, match="AuthorizationFailed"):
+        launch(azure_rig)
+    assert fault.times == 0
+    assert azure_rig.azure.left() == []
+
+
+def test_an_operation_can_be_begun_and_looked_at_later(azure_rig: AzureRig) -> None:
+    azure_rig.azure.manager.duration = 0.2
+    plan = launch(azure_rig)
+    group: Any = plan.group
+    assert group.session.state(group.operation, "start")[0] == "InProgress"
+    group.session.finish(group.operation, "start")
+    assert group.session.state(group.operation, "start")[0] == "Succeeded"
+    before = len(azure_rig.azure.app.calls)
+    assert group.session.state(group.operation, "start")[0] == "Succeeded"  # asks nobody again
+    assert len(azure_rig.azure.app.calls) == before
+    azure_rig.azure.manager.duration = 60
+    with pytest.raises(NotReady, match="gave up after 0 s waiting for Azure to end"):
+        group.session.finish(
+            group.session.begin(
+                *("compute", "virtual_machine_scale_sets", "begin_delete"),
+                *(PLACE.group, group.name),
+                force_deletion=True,
+            ),
+            "end",
+            longest=0,
+        )
+    azure_rig.azure.manager.duration = 0
+
+
+def test_first_calls_may_be_made_at_once(azure_rig: AzureRig) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    own = session.Session()
+    calls = [
+        ("compute", "virtual_machines", "list"),
+        ("network", "network_interfaces", "list"),
+        ("network", "public_ip_addresses", "list"),
+    ] * 3
+    with ThreadPoolExecutor(len(calls)) as pool:
+        query = {"filter": "'virtualMachineScaleSet/id' eq 'x'"}
+        found = [
+            pool.submit(own.pages, *one, PLACE.group, **(query if one[0] == "compute" else {}))
+            for one in calls
+        ]
+    assert [one.result() for one in found] == [[]] * len(calls)
 
 
 def test_operations_that_take_their_time(azure_rig: AzureRig) -> None:
@@ -813,5 +874,12 @@ def test_a_request_that_azure_does_not_know_is_refused(azure_rig: AzureRig) -> N
     own = session.Session()
     body = {"location": "westus2", "properties": {"orchestrationMod": "Flexible"}}
     with pytest.raises(RunnerError, match=r"orchestrationMod: unknown"):
-        own.call("PUT", PLACE.id("Compute/virtualMachineScaleSets", "x"), body)
+        own.call(
+            "compute",
+            "virtual_machine_scale_sets",
+            "begin_create_or_update",
+            PLACE.group,
+            "x",
+            body,
+        )
     assert azure_rig.azure.left() == []

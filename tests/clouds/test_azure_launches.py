@@ -135,6 +135,17 @@ def test_the_clouds_mistakes_are_told_before_the_forge_is_asked(
     assert "git.example" not in done.err
 
 
+def test_a_launch_imports_only_what_it_uses(
+    azure_rig: AzureRig, cli: Cli, environment: Mapping[str, str]
+) -> None:
+    watched = {**environment, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = cli.run("launch", *IN_REGION, "--no-wait", environment=watched)
+    names = {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
+    own = {name.partition(".mgmt.")[2] for name in names if name.startswith("azure.mgmt.")}
+    assert {name.partition(".")[0] for name in own} == {"compute", "core", "monitor"}
+    assert len(azure_rig.azure.fleet.lives) == 1
+
+
 def test_a_dry_run_makes_nothing(
     azure_rig: AzureRig, cli: Cli, environment: Mapping[str, str]
 ) -> None:

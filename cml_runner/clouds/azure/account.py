@@ -155,25 +155,26 @@ class Shared:
 
     def _providers(self) -> bool:
         """Have the subscription know what we use, which may take some minutes the first time."""
-        base = f"/subscriptions/{self._place.subscription}/providers"
-        paths = [f"{base}/Microsoft.{name}" for name in PROVIDERS]
-        new = [path for path in paths if not self._registered(path)]
-        for path in new:
-            self._session.call("POST", f"{path}/register")
+        names = [f"Microsoft.{name}" for name in PROVIDERS]
+        new = [name for name in names if not self._registered(name)]
+        for name in new:
+            self._session.call("resource", "providers", "register", name)
         end = time.monotonic() + REGISTERED
-        for path in new:
-            while not self._registered(path):
+        for name in new:
+            while not self._registered(name):
                 if time.monotonic() > end:
-                    msg = f"gave up waiting for {path.rpartition('/')[2]} to be registered"
+                    msg = f"gave up waiting for {name} to be registered"
                     raise NotReady(msg)
                 self._sleep(2)
         return bool(new)
 
-    def _registered(self, path: str) -> bool:
-        return bool(self._session.call("GET", path).get("registrationState") == "Registered")
+    def _registered(self, name: str) -> bool:
+        found = self._session.call("resource", "providers", "get", name)
+        return bool(found.get("registrationState") == "Registered")
 
     def _group(self) -> bool:
-        return self._make(self._place.scope, {"location": self._place.region})
+        names, body = (self._place.group,), {"location": self._place.region}
+        return self._make("resource", "resource_groups", names, body, "create_or_update")
 
     def _security_group(self) -> bool:
         """Refuse what other machines of the network send, too."""
@@ -190,8 +191,8 @@ class Shared:
                 "destinationPortRange": "*",
             },
         }
-        path = self._place.id("Network/networkSecurityGroups")
-        return self._make(path, self._own({"securityRules": [rule]}))
+        names, body = (self._place.group, NAME), self._own({"securityRules": [rule]})
+        return self._make("network", "network_security_groups", names, body)
 
     def _network(self) -> bool:
         guard = {"id": self._place.id("Network/networkSecurityGroups")}
@@ -200,28 +201,32 @@ class Shared:
             "addressSpace": {"addressPrefixes": ["10.0.0.0/8"]},
             "subnets": [{"name": SUBNET, "properties": subnet}],
         }
-        return self._make(self._place.id("Network/virtualNetworks"), self._own(properties))
+        names = (self._place.group, NAME)
+        return self._make("network", "virtual_networks", names, self._own(properties))
 
     def _identity(self) -> bool:
-        return self._make(self._place.identity, {"location": self._place.region})
+        names, body = (self._place.group, NAME), {"location": self._place.region}
+        return self._make("msi", "user_assigned_identities", names, body, "create_or_update")
 
     def _role(self) -> bool:
         """Write what machines may do, and give it to their identity."""
         place = self._place
-        kind = f"{place.scope}/providers/Microsoft.Authorization"
-        definition = f"{kind}/roleDefinitions/{place.guid('machine')}"
-        self._session.call("PUT", definition, {"properties": machine_role(place)})
-        identity = self._session.call("GET", place.identity)
+        scope, name = place.scope.lstrip("/"), place.guid("machine")
+        role = {"properties": machine_role(place)}
+        self._session.call(
+            "authorization", "role_definitions", "create_or_update", scope, name, role
+        )
+        identity = self._session.call("msi", "user_assigned_identities", "get", place.group, NAME)
         properties = {
-            "roleDefinitionId": definition,
+            "roleDefinitionId": place.id("Authorization/roleDefinitions", name),
             "principalId": identity["properties"]["principalId"],
             "principalType": "ServicePrincipal",  # or it must be known everywhere already
         }
-        assignment = f"{kind}/roleAssignments/{place.guid('machines')}"
+        names, body = (scope, place.guid("machines")), {"properties": properties}
         end = time.monotonic() + SPREAD
         while True:
             try:
-                return self._make(assignment, {"properties": properties})
+                return self._make("authorization", "role_assignments", names, body, "create")
             except RunnerError as error:  # what was just made isn't known everywhere
                 if not any(code in str(error) for code in UNKNOWN) or time.monotonic() > end:
                     raise
@@ -236,25 +241,36 @@ class Shared:
             "accessTier": "Hot",
         }
         kind = {"kind": "StorageV2", "sku": {"name": "Standard_LRS"}}
-        path = self._place.id("Storage/storageAccounts", self._place.storage)
-        new = self._make(path, {**self._own(properties), **kind})
-        self._session.call("PUT", f"{path}/managementPolicies/default", {"properties": _ageing()})
+        names, body = (self._place.group, self._place.storage), {**self._own(properties), **kind}
+        new = self._make(
+            "storage", "storage_accounts", names, body, "begin_create", "get_properties"
+        )
+        policy = (*names, "default", {"properties": _ageing()})
+        self._session.call("storage", "management_policies", "create_or_update", *policy)
         return new
 
     def _container(self) -> bool:
-        account = self._place.id("Storage/storageAccounts", self._place.storage)
-        path = f"{account}/blobServices/default/containers/{NAME}"
-        return self._make(path, {"properties": {"publicAccess": "None"}})
+        names = (self._place.group, self._place.storage, NAME)
+        body = {"properties": {"publicAccess": "None"}}
+        return self._make("storage", "blob_containers", names, body, "create")
 
     def _own(self, properties: dict[str, Any]) -> dict[str, Any]:
         return {"location": self._place.region, "properties": properties}
 
-    def _make(self, path: str, body: dict[str, Any]) -> bool:
+    def _make(
+        self,
+        service: str,
+        group: str,
+        names: tuple[str, ...],
+        body: dict[str, Any],
+        make: str = "begin_create_or_update",
+        get: str = "get",
+    ) -> bool:
         """Put something there unless it is there already."""
         try:
-            self._session.call("GET", path)
+            self._session.call(service, group, get, *names)
         except NotFound:
-            self._session.call("PUT", path, body)
+            self._session.call(service, group, make, *names, body)
             return True
         return False
 

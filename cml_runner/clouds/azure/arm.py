@@ -1,4 +1,4 @@
-"""What Resource Manager's paths, versions and errors are; nothing here is sent, or needs the SDK.
+"""What Resource Manager's versions and errors are; nothing here is sent, or needs the SDK.
 
 https://learn.microsoft.com/azure/azure-resource-manager/management/
 """
@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 
 ENDPOINT = "AZURE_RESOURCE_MANAGER_ENDPOINT"  # a variable: where it is, if not there:
 RESOURCE = "https://management.azure.com"
-VERSIONS = (  # of what the last provider in a path serves; the first that fits
-    ("Microsoft.Compute/skus", "2021-07-01"),
-    ("Microsoft.Compute/", "2024-11-01"),
-    ("Microsoft.Insights/autoscalesettings", "2022-10-01"),
-    ("Microsoft.Insights/eventtypes", "2015-04-01"),
-    ("Microsoft.Network/", "2024-05-01"),
-    ("Microsoft.Storage/", "2023-05-01"),
-    ("Microsoft.ManagedIdentity/", "2023-01-31"),
-    ("Microsoft.Authorization/", "2022-04-01"),
-    ("", "2021-04-01"),  # Resource Manager's own
-)
+VERSIONS = {  # of the APIs with which machines speak without an SDK
+    "Microsoft.Compute": "2024-11-01",
+    "Microsoft.Insights": "2022-10-01",  # autoscale
+    "": "2021-04-01",  # Resource Manager's own
+}
 # Codes: https://learn.microsoft.com/azure/azure-resource-manager/troubleshooting/common-deployment-errors
 # and https://learn.microsoft.com/troubleshoot/azure/virtual-machines/windows/error-messages
 CODES: dict[Kind, frozenset[str]] = {
@@ -83,9 +77,9 @@ def endpoint() -> str:
 
 
 def version(path: str) -> str:
-    """Choose the version of the API that a path belongs to."""
-    last = path.rpartition("/providers/")[2] if "/providers/" in path else ""
-    return next(found for prefix, found in VERSIONS if last.startswith(prefix))
+    """Choose the version of the API that a machine's path belongs to."""
+    provider = path.rpartition("/providers/")[2].partition("/")[0]
+    return VERSIONS.get(provider, VERSIONS[""])
 
 
 def kind(code: str, text: str = "") -> Kind:

@@ -18,16 +18,17 @@ from cml_runner.errors import AlreadyExists, CredentialsError, NoCapacity, NotFo
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.azure.resources import Bucket
-    from cml_runner.clouds.azure.session import Session
+    from cml_runner.clouds.azure.session import Operation, Session
     from cml_runner.clouds.azure.site import Site
 
 log = logging.getLogger(__name__)
 
-SCALE_SETS, MACHINES = "Compute/virtualMachineScaleSets", "Compute/virtualMachines"
+SCALE_SETS, MACHINES = "virtual_machine_scale_sets", "virtual_machines"  # as the SDK names them
+SETTINGS = "autoscale_settings"
 LONGEST = 900  # seconds for a scale set to vanish with its machines
 HISTORY = timedelta(days=5)  # of what Azure writes down
 FRESH = 15  # seconds before it is asked again what it has written down
@@ -45,7 +46,7 @@ class Group:
     fresh: bool = field(default=False, init=False)  # it was created here
     empty: bool = field(default=False, init=False)  # and holds nothing yet
     expires: datetime | None = field(default=None, init=False)  # as Azure was told
-    operation: str = field(default="", init=False)  # what starts the machines
+    operation: Operation | None = field(default=None, init=False)  # what starts machines
     _read: tuple[float, list[Happening]] = field(default=(0, []), init=False)
 
     def create(self) -> bool:
@@ -67,8 +68,8 @@ class Group:
 
     def delete(self) -> None:
         """Delete it with its machines, wait until they are gone, and forget its deadline."""
-        self._delete(self.path, {"forceDeletion": "true"})
-        self._delete(self.setting)
+        self._delete("compute", SCALE_SETS, "begin_delete", self.name, force_deletion=True)
+        self._delete("monitor", SETTINGS, "delete", self.name)
         self._gone()
 
     def resize(self, count: int) -> None:
@@ -85,7 +86,7 @@ class Group:
 
     def instances(self) -> list[Instance]:
         """List the machines, those included which cost money without running."""
-        kinds = ("Network/networkInterfaces", "Network/publicIPAddresses")
+        kinds = ("network_interfaces", "public_ip_addresses")
         with ThreadPoolExecutor(2) as pool:
             interfaces, addresses = (pool.submit(self._network, kind) for kind in kinds)
             machines = self._machines()
@@ -111,8 +112,7 @@ class Group:
         """Set the group's end, if it is another than before; with that, the task is launched."""
         if not self.fresh or at != self.expires:
             with suppress(NotFound):
-                moved = autoscale.moved(self._setting(), at)
-                self.session.call("PUT", self.setting, moved)
+                self._settle(autoscale.moved(self._setting(), at))
                 self.expires = at
         self.bucket.renew(at)
 
@@ -126,9 +126,9 @@ class Group:
         now = datetime.now(timezone.utc)
         at = now + timedelta(seconds=after)
         tag = {INTERRUPT: at.isoformat(timespec="milliseconds")}
-        path = f"{self.bucket.place.id(MACHINES, name)}/providers/Microsoft.Resources/tags/default"
+        machine = self.bucket.place.id("Compute/virtualMachines", name).lstrip("/")
         body = {"operation": "Merge", "properties": {"tags": tag}}
-        self.session.call("PATCH", path, body)
+        self.session.call("resource", "tags", "begin_update_at_scope", machine, body)
         record = Happening(at=now, kind="interruption", message=f"{name} was interrupted")
         self.bucket.store.save(f"{RECORD}{name}.json", record)
 
@@ -156,7 +156,7 @@ class Group:
     @property
     def path(self) -> str:
         """The scale set's identifier."""
-        return self.bucket.place.id(SCALE_SETS, self.name)
+        return self.bucket.place.id("Compute/virtualMachineScaleSets", self.name)
 
     @property
     def setting(self) -> str:
@@ -166,7 +166,8 @@ class Group:
     def _create(self, headers: dict[str, str]) -> None:
         assert self.site
         body = virtual.scale_set(self.bucket.place, self.bucket.task, self.site)
-        self.session.call("PUT", self.path, body, headers=headers)
+        where = (SCALE_SETS, "begin_create_or_update", self.bucket.place.group, self.name)
+        self.session.call("compute", *where, body, headers=headers)
 
     def _climb(self, count: int) -> None:
         """Start the machines, of one mixture of sizes after the other. Raises NoCapacity."""
@@ -202,16 +203,17 @@ class Group:
         self.operation = self._patch(kind if number else {"sku": kind["sku"]})
         if not last:
             self.session.finish(self.operation, f"start {', '.join(sizes)}")
-            self.operation = ""
+            self.operation = None
 
-    def _patch(self, body: dict[str, Any]) -> str:
-        return self.session.begin("PATCH", self.path, body).operation
+    def _patch(self, body: dict[str, Any]) -> Operation:
+        where = (SCALE_SETS, "begin_update", self.bucket.place.group, self.name)
+        return self.session.begin("compute", *where, body)
 
     def _sweep(self) -> None:
         """Delete what a failed allocation leaves behind: machines that never were."""
         for one in self._machines():
             if one["properties"].get("provisioningState") == "Failed":
-                self._delete(self.bucket.place.id(MACHINES, one["name"]))
+                self._delete("compute", MACHINES, "begin_delete", one["name"])
 
     def _sku(self) -> dict[str, Any]:
         found = self._describe()
@@ -228,22 +230,26 @@ class Group:
         task, place = self.bucket.task, self.bucket.place
         own = tags(task, place.identity, **{autoscale.COUNT: count + gone})
         bounds = (count if least is None else least, count)
-        body = autoscale.setting(place.region, self.path, bounds, until, own)
-        self.session.call("PUT", self.setting, body)
+        self._settle(autoscale.setting(place.region, self.path, bounds, until, own))
         self.expires = until
 
+    def _settle(self, body: dict[str, Any]) -> None:
+        where = (SETTINGS, "create_or_update", self.bucket.place.group, self.name)
+        self.session.call("monitor", *where, body)
+
     def _setting(self) -> dict[str, Any]:
-        return self.session.call("GET", self.setting)
+        return self.session.call("monitor", SETTINGS, "get", self.bucket.place.group, self.name)
 
     def _describe(self) -> dict[str, Any] | None:
         try:
-            return self.session.call("GET", self.path)
+            where = (SCALE_SETS, "get", self.bucket.place.group, self.name)
+            return self.session.call("compute", *where)
         except NotFound:
             return None
 
-    def _delete(self, path: str, query: Mapping[str, str] | None = None) -> None:
+    def _delete(self, service: str, kind: str, method: str, name: str, **named: Any) -> None:
         with suppress(NotFound, AlreadyExists):  # or it is being deleted already
-            self.session.call("DELETE", path, query=query)
+            self.session.call(service, kind, method, self.bucket.place.group, name, **named)
 
     def _gone(self) -> None:
         """Wait until it has vanished, which is when its last machine has."""
@@ -251,27 +257,27 @@ class Group:
         wait.until(lambda: self._describe() is None, what, LONGEST, every=1)
 
     def _machines(self) -> list[dict[str, Any]]:
-        path = self.bucket.place.id(MACHINES, "").rstrip("/")
-        query = {"$filter": f"'virtualMachineScaleSet/id' eq '{self.path}'"}
+        ours = f"'virtualMachineScaleSet/id' eq '{self.path}'"
+        where = (MACHINES, "list", self.bucket.place.group)
         with suppress(NotFound):
-            return self.session.pages(path, {**query, "$expand": "instanceView"})
+            return self.session.pages("compute", *where, filter=ours, expand="instanceView")
         return []
 
     def _network(self, kind: str) -> list[dict[str, Any]]:
         with suppress(NotFound):
-            return self.session.pages(self.bucket.place.id(kind, "").rstrip("/"))
+            return self.session.pages("network", kind, "list", self.bucket.place.group)
         return []
 
     def _starting(self) -> list[Happening]:
         """Look at what starts the machines: a failure is told there first."""
         if not self.operation:
             return []
-        state, content = self.session.state(self.operation)
+        state, content = self.session.state(self.operation, "start machines")
         if state == "Failed":
             code, text = arm.details(content)
             return [states.failed(datetime.now(timezone.utc), code, text)]
         if state == "Succeeded":
-            self.operation = ""
+            self.operation = None
         return []
 
     def _recorded(self) -> list[Happening]:
@@ -285,7 +291,6 @@ class Group:
         if when and time.monotonic() < when + FRESH:
             return found
         place = self.bucket.place
-        path = f"/subscriptions/{place.subscription}/providers/Microsoft.Insights/eventtypes"
         since = datetime.now(timezone.utc) - HISTORY
         if self.bucket.ours:  # what became of an older task of this name isn't ours
             since = self.bucket.ours[0].created
@@ -293,16 +298,16 @@ class Group:
         query += f" and resourceGroupName eq '{place.group}'"
         listed = []
         with suppress(CredentialsError):  # it is not so important
-            listed = self.session.pages(f"{path}/management/values", {"$filter": query})
+            listed = self.session.pages("monitor", "activity_logs", "list", query)
         ours = (one for one in listed if self.name in str(one.get("resourceId", "")).lower())
         found = [event for one in ours if (event := states.activity(one))]
         self._read = (time.monotonic(), found)
         return found
 
     def _console(self, machine: str) -> str:
-        path = f"{self.bucket.place.id(MACHINES, machine)}/retrieveBootDiagnosticsData"
+        where = ("retrieve_boot_diagnostics_data", self.bucket.place.group, machine)
         with suppress(RunnerError):
-            found = self.session.call("POST", path)
+            found = self.session.call("compute", MACHINES, *where)
             if url := found.get("serialConsoleLogBlobUri"):
                 return self.session.read(url)
         return ""

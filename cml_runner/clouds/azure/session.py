@@ -1,18 +1,18 @@
-"""The only file that knows the SDK: who we are, and one call to Resource Manager.
+"""The only file that knows the SDK: who we are, and one call of a management client.
 
-Requests and answers are the API's own JSON, https://learn.microsoft.com/rest/api/azure/; the SDK
-finds the credentials, keeps them fresh, tries again, and speaks TLS.
+Calls have the SDK's own names, https://learn.microsoft.com/python/api/overview/azure/; what goes
+in and what comes out are dictionaries as in https://learn.microsoft.com/rest/api/azure/.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from http import HTTPStatus
@@ -23,11 +23,24 @@ from cml_runner.clouds.azure import arm
 from cml_runner.errors import CredentialsError, MissingDependency, NotReady, RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+    from typing import TypeAlias
 
-    from azure.core import PipelineClient
-    from azure.core.credentials import TokenCredential
+    from azure.core.credentials import AccessToken, TokenCredential
+    from azure.core.polling import LROPoller
 
+    Operation: TypeAlias = LROPoller[Any]  # what Azure has begun
+
+CLIENTS = {  # each is imported when it is first called
+    "authorization": ("azure.mgmt.authorization", "AuthorizationManagementClient"),
+    "compute": ("azure.mgmt.compute", "ComputeManagementClient"),
+    "monitor": ("azure.mgmt.monitor", "MonitorManagementClient"),
+    "msi": ("azure.mgmt.msi", "ManagedServiceIdentityClient"),
+    "network": ("azure.mgmt.network", "NetworkManagementClient"),
+    "resource": ("azure.mgmt.resource.resources", "ResourceManagementClient"),
+    "storage": ("azure.mgmt.storage", "StorageManagementClient"),
+    "subscriptions": ("azure.mgmt.resource.subscriptions", "SubscriptionClient"),
+}
 STORAGE = "https://storage.azure.com/.default"
 CONNECT, READ = 5, 60  # seconds for a connection, and for an answer
 REPEATED = frozenset({"GET", "PUT", "PATCH", "POST", "DELETE"})  # all that we send may be
@@ -44,19 +57,12 @@ HELP = (
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came back, and where to look at what goes on after it."""
-
-    body: dict[str, Any]
-    operation: str = ""  # URL
-
-
 class Session:
     """One subscription. Nothing is imported or sent before the first call."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._clients: dict[str, Any] = {}
+        self._lock = threading.RLock()  # clients are safe among threads, their making isn't
 
     @property
     def subscription(self) -> str:
@@ -65,71 +71,63 @@ class Session:
             return self._subscription
 
     def call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        query: Mapping[str, str] | None = None,
+        self, service: str, group: str, method: str, *arguments: Any, **named: Any
     ) -> dict[str, Any]:
-        """Make one call, and wait for what it begins.
+        """Make one call, and wait for what it begins; then there is nothing to return.
 
         Raises NotFound, AlreadyExists, NoCapacity, CredentialsError, or RunnerError.
         """
-        found = self.begin(method, path, body, headers=headers, query=query)
-        self.finish(found.operation, f"{method} {path}")
-        return found.body
+        if method.startswith("begin_"):
+            operation = self.begin(service, group, method, *arguments, **named)
+            self.finish(operation, _action(group, method))
+            return {}
+        with translated(_action(group, method)):
+            ask = self._method(service, group, method)
+            found: dict[str, Any] = ask(*arguments, cls=_answer, **_options(), **named)
+        return found
 
     def begin(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        query: Mapping[str, str] | None = None,
-    ) -> Answer:
-        """Make one call; tried again where that makes sense. Raises the same."""
-        asked = {**(query or {}), "api-version": arm.version(path)}
-        answer = self._send(method, f"{arm.endpoint()}{path}", body, headers or {}, asked)
-        return Answer(arm.parsed(answer.content), _operation(answer.headers))
+        self, service: str, group: str, method: str, *arguments: Any, **named: Any
+    ) -> Operation:
+        """Begin an operation, and don't wait for it. Raises the same."""
+        with translated(_action(group, method)):
+            ask = self._method(service, group, method)
+            found: Operation = ask(*arguments, polling=_watched(), **_options(), **named)
+        return found
 
-    def finish(self, operation: str, what: str, longest: float = LONGEST) -> None:
+    def finish(self, operation: Operation, action: str, longest: float = LONGEST) -> None:
         """Wait until an operation is done. Raises NotReady, or what became of it."""
         end = time.monotonic() + longest
-        while operation and not self.done(operation, what):
+        while not self.done(operation, action):
             if time.monotonic() > end:
-                msg = f"gave up after {longest:.0f} s waiting for Azure to {what}"
+                msg = f"gave up after {longest:.0f} s waiting for Azure to {action}"
                 raise NotReady(msg)
             time.sleep(POLL)
 
-    def done(self, operation: str, what: str) -> bool:
+    def done(self, operation: Operation, action: str) -> bool:
         """Say if an operation is done. Raises what became of it if it failed."""
-        state, content = self.state(operation)
+        state, content = self.state(operation, action)
         if state == "Failed":
-            raise arm.typed(*arm.details(content), what)
+            raise arm.typed(*arm.details(content), action)
         return state == "Succeeded"
 
-    def state(self, operation: str) -> tuple[str, Any]:
+    @staticmethod
+    def state(operation: Operation, action: str) -> tuple[str, Any]:
         """Say how far an operation is: InProgress, Succeeded or Failed; and what it says."""
-        answer = self._send("GET", operation, None, {}, {})
-        content = arm.parsed(answer.content)
-        if answer.status_code == HTTPStatus.ACCEPTED:
+        watched: Any = operation.polling_method()
+        with translated(action):
+            content = watched.look()
+        if not watched.finished():
             return "InProgress", content
-        # What has no status of its own is done when its answer isn't "202 Accepted" any more.
-        status = content.get("status") if isinstance(content, dict) else None
-        known = {"Succeeded": "Succeeded", "Failed": "Failed", "Canceled": "Failed"}
-        return known.get(status, "InProgress") if status else "Succeeded", content
+        return ("Succeeded" if watched.status().lower() == "succeeded" else "Failed"), content
 
-    def pages(self, path: str, query: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-        """Collect a list which comes in pages."""
-        page = self.call("GET", path, query=query)
-        found: list[dict[str, Any]] = list(page.get("value", ()))
-        while following := page.get("nextLink"):
-            page = arm.parsed(self._send("GET", following, None, {}, {}).content)
-            found += page.get("value", ())
-        return found
+    def pages(
+        self, service: str, group: str, method: str, *arguments: Any, **named: Any
+    ) -> list[dict[str, Any]]:
+        """Collect a list which comes in pages. Raises the same."""
+        with translated(_action(group, method)):
+            ask = self._method(service, group, method)
+            return [_plain(one) for one in ask(*arguments, **_options(), **named)]
 
     def read(self, url: str) -> str:
         """Read what has its permission in its URL."""
@@ -144,62 +142,51 @@ class Session:
 
     def credentials(self) -> dict[str, Any]:
         """Return what opens the storage account, in obstore's terms; it asks when that expires."""
-        with translated():
+        with translated("log in"):
             with self._lock:
-                credential = self._credential
-            found = credential.get_token(STORAGE)
+                login = self._login
+            found = login.get_token(STORAGE)
         return {
             "token": found.token,
             "expires_at": datetime.fromtimestamp(found.expires_on, timezone.utc),
         }
 
-    def _send(
-        self,
-        method: str,
-        url: str,
-        body: Any,
-        headers: Mapping[str, str],
-        query: Mapping[str, str],
-    ) -> Any:
-        with translated():
-            from azure.core.rest import HttpRequest
+    def _method(self, service: str, group: str, method: str) -> Any:
+        with self._lock:
+            if service not in self._clients:
+                self._clients[service] = self._new(service)
+            client = self._clients[service]
+        return getattr(getattr(client, group), method)
 
-            with self._lock:
-                client = self._client
-            content = None if body is None else json.dumps(body).encode()
-            own = {"Content-Type": "application/json"} if content else {}
-            request = HttpRequest(
-                method, url, params=dict(query), headers={**own, **headers}, content=content
-            )
-            secure = url.startswith("https:")
-            answer = client.send_request(request, enforce_https=secure, retry_on_methods=REPEATED)
-        if answer.status_code >= HTTPStatus.BAD_REQUEST:
-            path = url.partition("?")[0].removeprefix(arm.endpoint())
-            raise arm.failure(answer.status_code, arm.parsed(answer.content), f"{method} {path}")
-        return answer
+    def _new(self, service: str) -> Any:
+        module, name = CLIENTS[service]
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise MissingDependency("azure") from error
+        own = () if service == "subscriptions" else (self._subscription,)
+        return kind(self._login, *own, base_url=arm.endpoint(), **self._pipeline)
 
     @cached_property
-    def _client(self) -> PipelineClient[Any, Any]:
-        from azure.core import PipelineClient
-        from azure.core.pipeline import policies
+    def _pipeline(self) -> dict[str, Any]:
+        """What all clients share; their own would register resource providers, behind our back."""
+        from azure.core.pipeline import policies, transport
 
-        scope = f"{arm.RESOURCE}/.default"
-        return PipelineClient(
-            arm.endpoint(),
-            connection_timeout=CONNECT,
-            read_timeout=READ,
-            policies=[
+        return {
+            "transport": transport.RequestsTransport(connection_timeout=CONNECT, read_timeout=READ),
+            "policies": [
                 policies.RequestIdPolicy(),
                 policies.UserAgentPolicy(base_user_agent="cml-runner"),
+                policies.ContentDecodePolicy(),
                 policies.RetryPolicy(retry_total=6, retry_backoff_factor=0.5),
-                policies.BearerTokenCredentialPolicy(self._credential, scope),
+                policies.BearerTokenCredentialPolicy(self._login, f"{arm.RESOURCE}/.default"),
             ],
-        )
+        }
 
     @cached_property
-    def _credential(self) -> TokenCredential:
+    def _login(self) -> Login:
         try:
-            return _credential()
+            return Login(_credential())
         except ImportError as error:
             raise MissingDependency("azure") from error
 
@@ -207,15 +194,33 @@ class Session:
     def _subscription(self) -> str:
         if found := os.environ.get("AZURE_SUBSCRIPTION_ID") or _of_cli():
             return found
-        names = [str(one["subscriptionId"]) for one in self.pages("/subscriptions")]
+        listed = self.pages("subscriptions", "subscriptions", "list")
+        names = [str(one["subscriptionId"]) for one in listed]
         if len(names) != 1:
             msg = f"which subscription? set AZURE_SUBSCRIPTION_ID: {', '.join(names) or 'none'}"
             raise CredentialsError(msg)
         return names[0]
 
 
+class Login:
+    """A credential whose own troubles aren't taken for Resource Manager's."""
+
+    def __init__(self, credential: TokenCredential) -> None:
+        self._credential = credential
+
+    def get_token(self, *scopes: str, **more: Any) -> AccessToken:
+        """Get one. Raises CredentialsError."""
+        from azure.core.exceptions import ClientAuthenticationError
+
+        try:
+            return self._credential.get_token(*scopes, **more)
+        except ClientAuthenticationError as error:
+            msg = f"no access to Azure: {_first_line(error)}. To get it, {HELP}"
+            raise CredentialsError(msg) from error
+
+
 @contextmanager
-def translated() -> Iterator[None]:
+def translated(action: str) -> Iterator[None]:
     """Raise our errors in place of the SDK's."""
     try:
         from azure.core import exceptions
@@ -223,18 +228,63 @@ def translated() -> Iterator[None]:
         raise MissingDependency("azure") from error
     try:
         yield
-    except exceptions.ClientAuthenticationError as error:
-        msg = f"no access to Azure: {_first_line(error)}. To get it, {HELP}"
-        raise CredentialsError(msg) from error
     except (exceptions.ServiceRequestError, exceptions.ServiceResponseError) as error:
         msg = f"can't reach Azure; is there a network? {_first_line(error)}"
         raise RunnerError(msg) from error
+    except exceptions.HttpResponseError as error:
+        response: Any = error.response
+        content = {} if response is None else arm.parsed(response.body())
+        if response is not None and response.status_code >= HTTPStatus.BAD_REQUEST:
+            raise arm.failure(response.status_code, content, action) from error
+        code, text = arm.details(content)  # of an operation, or the SDK doesn't understand it
+        raise arm.typed(code, text or _first_line(error), action) from error
     except exceptions.AzureError as error:
         raise RunnerError(_first_line(error)) from error
 
 
-def _operation(headers: Mapping[str, str]) -> str:
-    return headers.get("Azure-AsyncOperation") or headers.get("Location") or ""
+def _action(group: str, method: str) -> str:
+    return f"call {group}.{method}"
+
+
+def _options() -> dict[str, Any]:
+    """Say how requests are to be sent; where Resource Manager is elsewhere it may have no TLS."""
+    plain = {"enforce_https": False} if arm.endpoint().startswith("http:") else {}
+    return {"retry_on_methods": REPEATED, **plain}
+
+
+def _answer(response: Any, _model: Any, _headers: Any) -> Any:
+    """Take an answer as it came."""
+    return arm.parsed(response.http_response.body())
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    """Turn a part of an answer into what it came as; the SDK has models of two kinds."""
+    older = getattr(model, "serialize", None)
+    found: dict[str, Any] = older(keep_readonly=True) if older else model.as_dict()
+    return found
+
+
+def _watched() -> Any:
+    """Make what the SDK asks how far an operation is: it looks when we do, not in a thread."""
+    from azure.core.exceptions import HttpResponseError
+    from azure.core.polling.base_polling import BadResponse, BadStatus
+    from azure.mgmt.core.polling.arm_polling import ARMPolling
+
+    class Watched(ARMPolling):
+        def run(self) -> None:
+            """Leave it to us, who don't wait as long as Azure says."""
+
+        def look(self) -> Any:
+            """Look once, and say what there is to see."""
+            try:
+                if not self.finished():
+                    self.update_status()
+            except (BadResponse, BadStatus) as error:
+                response = self._pipeline_response.http_response
+                raise HttpResponseError(str(error), response) from error
+            return arm.parsed(self._pipeline_response.http_response.body())
+
+    return Watched(POLL, **_options())
 
 
 def _first_line(error: Exception) -> str:

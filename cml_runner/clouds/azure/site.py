@@ -41,10 +41,9 @@ class Site:
 
     def look(self, place: Place) -> None:
         """See what there is. Raises NoCapacity if it is nothing of what is wanted."""
-        path = f"/subscriptions/{place.subscription}/providers/Microsoft.Compute/skus"
-        where = {"$filter": f"location eq '{place.region}'"}
+        where = f"location eq '{place.region}'"
         try:
-            listed = self._session.pages(path, where)
+            listed = self._session.pages("compute", "resource_skus", "list", filter=where)
         except CredentialsError as error:
             log.debug("not looking which sizes %s has: %s", place.region, error)
             return

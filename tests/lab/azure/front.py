@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from tests.lab.azure import Azure
 
+VERSION = re.compile(r"20\d\d-\d\d-\d\d(-preview)?")
 LOST = "lost"  # the code of a fault: the call is carried out, but its answer never comes
 
 
@@ -162,6 +164,8 @@ class Front:
             self.may(call, call.action, _scope(call))
             if "api-version" not in call.query:
                 raise ApiError("MissingApiVersionParameter", "api-version is required")
+            if not VERSION.fullmatch(call.query["api-version"]):
+                raise ApiError("InvalidApiVersionParameter", "api-version is no version")
         with self.lock:
             status, headers, body = self.azure.manager.call(call)
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()

@@ -29,7 +29,12 @@ MACHINES = "Microsoft.Compute/virtualMachines"
 IDENTITIES = "Microsoft.ManagedIdentity/userAssignedIdentities"
 SETTINGS = "Microsoft.Insights/autoscalesettings"
 TIMES = re.compile(r"T\d\d:\d\d:\d\d\.\d{3}(?=Z)")
-SLOW = ("Microsoft.Compute/", "Microsoft.Network/", "Microsoft.Storage/storageAccounts")
+STATUS = {  # of what always answers with the same, be it new or not
+    "Microsoft.Authorization/roleDefinitions": 201,
+    "Microsoft.Storage/storageAccounts/managementPolicies": 200,
+}
+SLOW = ("Microsoft.Compute/", "Microsoft.Network/")
+STORAGE = "Microsoft.Storage/storageAccounts"  # slow, too, but not what is in it
 
 
 @dataclass
@@ -139,7 +144,8 @@ class Manager:
         self.resources[call.path.lower()] = made
         self._written[call.path.lower()] = time.monotonic()
         then = self._forgotten(call.path) if not old else lambda: None
-        return self._accepted(call, 200 if old else 201, made, failed=then)
+        status = STATUS.get(call.kind, 200 if old else 201)
+        return self._accepted(call, status, made, failed=then)
 
     def _PATCH(self, call: Call) -> Answer:
         if wrong := models.problems(call.method, call.kind, call.body):
@@ -309,13 +315,13 @@ class Manager:
         fault = self._azure.app.struck(call)
         if fault:
             error, done = ApiError(fault.code, fault.message), failed
-        if not call.kind.startswith(SLOW):
+        if not call.kind.startswith(SLOW) and call.kind != STORAGE:
             done()
             return (200 if status == 202 else status), [], body
         number = secrets.token_hex(6)
         self._operations[number] = Operation(time.monotonic() + self.duration, error, done)
         url = f"{self._azure.manager_url}/operations/{number}"
-        if call.kind.startswith("Microsoft.Storage"):  # which only knows the older way
+        if call.kind == STORAGE:  # which only knows the older way
             return 202, [("Location", url)], body
         return (
             status,
