@@ -16,20 +16,17 @@ The pieces that all tasks share are in account.py.
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from cml_runner import clouds, store
+from cml_runner import clouds, leases, store
 from cml_runner.clouds.azure import account, catalogue, leaving, machine, virtual
 from cml_runner.clouds.azure.account import Place
 from cml_runner.clouds.azure.group import Group
 from cml_runner.clouds.azure.resources import (
     Bucket,
-    Claim,
     Settings,
     exists,
-    lease,
     lease_url,
 )
 from cml_runner.clouds.azure.session import Session
@@ -42,8 +39,8 @@ if TYPE_CHECKING:
 
     from cml_runner.model import Lease, Notice
 
-AT_ONCE = 16  # objects read
 TAG_KEY = re.compile(r"(?!(microsoft|azure|windows))[^<>%&\\?/]{1,512}", re.IGNORECASE)
+CONTAINER = re.compile(r"[a-z0-9]([a-z0-9-]{1,61}[a-z0-9])")
 IDENTITY = re.compile(
     r"/subscriptions/[\w-]+/resourceGroups/[^/]+/providers/Microsoft\.ManagedIdentity/"
     r"userAssignedIdentities/[\w-]+",
@@ -55,8 +52,7 @@ NOWHERE = Place("0" * 36, "australiasoutheast")  # with the longest names that t
 class Cloud:
     """One subscription, that of the credentials which the SDK finds, in one region."""
 
-    dedicated = metadata_service = True
-    keeps = False
+    dedicated = keeps = metadata_service = True
     extra = ""
 
     def __init__(self, region: str) -> None:
@@ -67,13 +63,23 @@ class Cloud:
         """Name a task's resources; what must be known of the subscription is asked later."""
         alone = task == Task(id=task.id)  # which will do for all but creation
         site = None if alone else self._site(task)
-        bucket = Bucket(self._session, self.region, task, site)
+        bucket = Bucket(task, self._session, self.region, site)
         settings = Settings(bucket)
         group = Group(bucket, site, (bucket, settings))
         arch = catalogue.arch(site.types) if site else "x64"
         return clouds.Plan(
             resources=(bucket, settings, group), group=group, bucket=bucket, arch=arch
         )
+
+    def container(self, address: str, options: Mapping[str, str]) -> store.Store:
+        """Open a container of any storage account, with our own login and that of the machines."""
+        name, _, path = address.partition("/")
+        account_ = options.get("account", "")
+        if not CONTAINER.fullmatch(name) or set(options) != {"account"}:
+            msg = f"--storage-container {address}: NAME/PATH of a container; the option account too"
+            raise ConfigurationError(msg)
+        url = f"az://{name}/{quote(path)}?account_name={account_}"
+        return store.Store(url, self._session.credentials)
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
@@ -82,16 +88,7 @@ class Cloud:
         if not exists(place):
             return []
         objects = store.Store(lease_url(place), self._session.credentials)
-        names = [key.removesuffix(".json") for key in objects.keys("")]
-
-        def read(name: str) -> Lease | None:
-            with suppress(ConfigurationError):
-                claim = objects.load(f"{name}.json", Claim)
-                return lease(Task(id=Identifier.parse(name)), claim) if claim else None
-            return None
-
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return [found for found in pool.map(read, names) if found]
+        return leases.listed(objects)
 
     def setup(self) -> list[str]:
         """Make resource group, network, identity with its role, and storage."""
@@ -162,6 +159,7 @@ def _mistakes(task: Task) -> list[str]:
         for one in identities
         if not IDENTITY.fullmatch(one)
     ]
+    found += leases.mistakes(task, account.KEPT)
     try:
         if machine.ssh_key:
             virtual.public_key(machine.ssh_key)

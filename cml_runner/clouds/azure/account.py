@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cml_runner.errors import CredentialsError, NotFound, NotReady, RunnerError
+from cml_runner.leases import LEASES, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 NAME = "cml-runner"
 SUBNET = "machines"
-LEASES, TASKS = "leases", "tasks"  # what is in the container
 KEPT = 30  # days
 PROVIDERS = ("Compute", "Network", "Storage", "ManagedIdentity", "Insights")
 REGISTERED = 300  # seconds that the registration of a provider may take

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import leases
 from cml_runner.clouds.azure import autoscale, machine, resources
 from cml_runner.clouds.azure.account import Place
 from cml_runner.errors import NotFound, RunnerError
@@ -62,10 +63,10 @@ class Leaving:
     def everything(self) -> tuple[Callable[[], None], ...]:
         """Say what to do as the last one; once the scale set is on its way out, so are we."""
         return (
-            lambda: resources.forget(self._objects),
+            lambda: leases.clear(self._objects),
             lambda: self._delete("Compute/virtualMachineScaleSets", forceDeletion="true"),
             lambda: self._delete(autoscale.KIND),
-            lambda: self._leases.delete(resources.key(self._identifier)),
+            lambda: leases.finish(self._leases, self._identifier),
         )
 
     def _mark(self) -> None:

@@ -9,7 +9,7 @@ import base64
 import logging
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import bootstrap
+from cml_runner import bootstrap, keys
 from cml_runner.clouds.azure import arm
 from cml_runner.clouds.azure.machine import COMPUTE, EVENTS, SERVICE, TOKENS
 from cml_runner.clouds.azure.resources import tags, task_url
@@ -142,22 +142,13 @@ def public_key(private: str) -> str:
 
     Azure makes no machine without a key or a password. Raises ValueError.
     """
+    if private:
+        return keys.public_key(private).decode()
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - as slow as an SDK
     from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
 
-    key: Any = None
-    if private:
-        text = private.replace("\\n", "\n").strip().encode() + b"\n"
-        load: Any = serialization.load_pem_private_key
-        if b"OPENSSH PRIVATE KEY" in text:
-            load = serialization.load_ssh_private_key
-        try:
-            key = load(text, password=None)
-        except Exception as error:
-            msg = f"no private key without a passphrase: {error}"
-            raise ValueError(msg) from error
-    key = key or rsa.generate_private_key(65537, 2048)
-    made: bytes = key.public_key().public_bytes(
+    key = rsa.generate_private_key(65537, 2048)
+    made = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     return made.decode()
