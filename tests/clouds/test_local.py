@@ -397,6 +397,7 @@ sys.stdin.read()
 def test_a_launch_that_died_halfway_has_expired(local_rig: LocalRig) -> None:
     code = """
 import sys
+from contextlib import suppress
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Identifier, Task
 assert Cloud("us-west").plan(Task(id=Identifier.new("half"), settings="secret")).bucket.create()
