@@ -222,8 +222,12 @@ def _identifier(name: str, workdir: Path) -> Identifier:
 
 
 def _address(container: str, identifier: Identifier) -> str:
-    """Take NAME/PATH; the path is the task's own if none is given, and empty after a slash."""
-    return f"{container}/{identifier.short}" if container and "/" not in container else container
+    """Take NAME/PATH; the path is the task's own if none is given, and empty after a slash.
+
+    An address, s3://NAME/PATH say, is the same behind its scheme.
+    """
+    name = container.rpartition("://")[2]
+    return f"{container}/{identifier.short}" if name and "/" not in name else container
 
 
 def _lifetime(text: str) -> float:

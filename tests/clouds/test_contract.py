@@ -102,8 +102,9 @@ def test_data_outlive_the_machines(rig: Rig) -> None:
     plan.group.expire(expires)
     bucket = plan.bucket.store
     bucket.write("data/000/b/1", b"data")
-    bucket.write("result-000.json", b"{}")
-    rig.leave(plan, *rig.running(plan))
+    (instance,) = rig.running(plan)
+    rig.say(plan, instance, "result-000.json", "{}")
+    rig.leave(plan, instance)
     until(lambda: rig.cloud.tasks()[0].expires is None)
     (lease,) = rig.cloud.tasks()
     assert (lease.id, lease.keeps) == (task.id, True)

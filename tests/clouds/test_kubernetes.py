@@ -176,7 +176,8 @@ def test_the_role_names_each_verb() -> None:
 
 
 def test_the_script_keeps_its_secrets_where_they_are() -> None:
-    script = Cloud("us-west").start(Program(version="1.2.3", requirement="cml-runner==1.2.3"))
+    program = Program(version="1.2.3", requirement="cml-runner==1.2.3")
+    script = Cloud("us-west").start(program, "said:///run/cml-runner/bucket?data=/x")
     assert SECRET not in script
     assert "cml-runner==1.2.3" in script
     assert subprocess.run(["sh", "-n"], input=script, text=True, check=True).returncode == 0
@@ -321,9 +322,9 @@ def test_a_launch_that_was_never_finished_is_given_up_after_an_hour() -> None:
     expires = (NOW + timedelta(days=5)).isoformat()
     found = job.lease(found_job(**{job.EXPIRES: expires}))
     assert found.expires == NOW + job.LAUNCH
-    found = job.lease(found_job(**{job.EXPIRES: expires, job.LAUNCHED: "true"}))
+    found = job.lease(found_job(**{job.EXPIRES: expires, pod.LAUNCHED: "true"}))
     assert found.expires == NOW + timedelta(days=5)
-    assert job.lease(found_job(**{job.EXPIRES: "", job.LAUNCHED: "true"})).expires is None
+    assert job.lease(found_job(**{job.EXPIRES: "", pod.LAUNCHED: "true"})).expires is None
 
 
 def test_jobs_of_others_are_not_ours() -> None:

@@ -165,6 +165,7 @@ class Cluster:
         self.internet = internet
         self._prepared, self._etc = prepared, directory / "cluster"
         self._bin = prepared / "kubernetes"
+        self.volumes = directory / "volumes"  # of the node's disk
         self.kubeconfig = self._etc / "kubeconfig"
         self.token = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
