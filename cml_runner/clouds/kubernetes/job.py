@@ -137,6 +137,7 @@ class Group:
 
     def delete(self) -> None:
         """Delete them with their Job; one that keeps data is suspended, and waits without them."""
+        self.job.store.close()
         found = self.job.read()
         if found is None or not keeps(found):
             self.job.delete()

@@ -7,11 +7,13 @@ as long as data move.
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import tarfile
 import threading
 import weakref
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cml_runner.clouds.kubernetes.session import Session
+
+log = logging.getLogger(__name__)
 
 LONGEST = 300  # seconds for a pod to come
 HOPELESS = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
@@ -42,11 +46,17 @@ class Volume(store.Store):
         super().__init__(f"kubernetes:{task}/volume")
         self._session, self._task = session, task
         self._lock = threading.RLock()
-        self._place = TemporaryDirectory(prefix="cml-runner-")
-        self._here = store.Store(Path(self._place.name).as_uri())
         self._known = False  # what is there is here, but for blobs
-        self._door: tuple[str, weakref.finalize[..., Any] | None] | None = None
+        self._door: tuple[str, weakref.finalize[..., Any]] | None = None
         self._sending: tuple[Running, tarfile.TarFile] | None = None
+
+    @cached_property
+    def _place(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="cml-runner-")
+
+    @cached_property
+    def _here(self) -> store.Store:
+        return store.Store(Path(self._place.name).as_uri())
 
     def claim(self, key: str, content: bytes) -> bool:
         """Put an object there; all that was written before is there when this returns."""
@@ -108,7 +118,7 @@ class Volume(store.Store):
         """Let go of the pod through which data moved."""
         with self._lock:
             self.flush()
-            if self._door and self._door[1]:
+            if self._door:
                 self._door[1]()
             self._door = None
 
@@ -124,7 +134,16 @@ class Volume(store.Store):
                 self._known = True
 
     def _fetch(self, command: str, names: bytes) -> None:
-        """Bring here what a command writes."""
+        """Bring here what a command writes; a pod of the task's may end in the middle of it."""
+        try:
+            self._receive(command, names)
+        except RunnerError as error:
+            if self._door:
+                raise
+            log.debug("trying again: %s", error)
+            self._receive(command, names)
+
+    def _receive(self, command: str, names: bytes) -> None:
         running = self._run(command)
         if names:
             running.write(names)
@@ -153,17 +172,19 @@ class Volume(store.Store):
 
     def _run(self, command: str) -> Running:
         """Start a command where the volume is."""
-        if not self._door:
-            self._door = self._own_pod() or self._new_pod()
-        return Running(self._session, self._door[0], pod.CONTAINER, ["/bin/sh", "-c", command])
+        name = "" if self._door else self._own_pod()
+        if not name:
+            self._door = self._door or self._new_pod()
+            name = self._door[0]
+        return Running(self._session, name, pod.CONTAINER, ["/bin/sh", "-c", command])
 
-    def _own_pod(self) -> tuple[str, None] | None:
-        """Find a pod of the task which runs, and will for a while."""
+    def _own_pod(self) -> str:
+        """Find a pod of the task which runs, and will for a while; empty if there is none."""
         for one in self._session.items("pods", labelSelector=f"{pod.TASK}={self._task}"):
             going = "deletionTimestamp" in one["metadata"]
             if one["status"].get("phase") == "Running" and not going:
-                return one["metadata"]["name"], None
-        return None
+                return str(one["metadata"]["name"])
+        return ""
 
     def _new_pod(self) -> tuple[str, weakref.finalize[..., Any]]:
         """Have a pod for this alone, which goes with us at the latest."""
