@@ -234,7 +234,8 @@ class Said(Store):
 
     def outlive(self, beyond: Store) -> None:
         """Keep there what is to be kept."""
-        self._beyond = beyond
+        if beyond is not self:
+            self._beyond = beyond
 
     def claim(self, key: str, content: bytes) -> bool:
         """Put an object there unless there is one; say it if it is a result."""

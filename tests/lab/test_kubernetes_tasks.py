@@ -77,7 +77,7 @@ def said(town: Town) -> str:
 
 
 def told(town: Town) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ask(town, "show", "-o", "json").stdout)
+    found: dict[str, Any] = json.loads(ask(town, "show", "--output", "json").stdout)
     return found
 
 
