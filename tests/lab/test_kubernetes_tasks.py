@@ -97,7 +97,7 @@ def test_evicted_in_the_middle(town: Town, workdir: Path) -> None:
     assert ask_.returncode == 0, ask_.stderr
     gone = first["metadata"]["name"]
     wait(town, lambda: [one["metadata"]["name"] for one in town.pods()] != [gone], "its end")
-    wait(town, lambda: "begin at" in said(town), "another pod to go on")
+    wait(town, lambda: "epoch 2" in said(town), "another pod to go on")
     (begin,) = re.findall(r"begin at (\d+), epoch 2", said(town))
     assert int(begin) >= 5
     done = town.cli("task", "logs", "-f", "count", *PLACE)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap, clouds
 from cml_runner.clouds.kubernetes import catalogue, container, machine, pod, secret
-from cml_runner.clouds.kubernetes.job import Group, Job, lease
+from cml_runner.clouds.kubernetes.job import Group, Job, lease, tidy
 from cml_runner.clouds.kubernetes.session import Session
 from cml_runner.errors import ConfigurationError, CredentialsError
 from cml_runner.model import Task
@@ -94,6 +94,7 @@ class Cloud:
                 there = pod.keeps(one) or not pod.over(one)
                 if there and "deletionTimestamp" not in one["metadata"]:
                     found.append(lease(one))
+                    tidy(self._session, one)
         return found
 
     def setup(self) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cml_runner import wait
 from cml_runner.clouds.kubernetes import pod
 from cml_runner.clouds.kubernetes.pod import keeps, over
-from cml_runner.clouds.kubernetes.words import Words, terminated
+from cml_runner.clouds.kubernetes.words import Words, forget, terminated
 from cml_runner.errors import AlreadyExists, NotFound
 from cml_runner.model import Happening, Identifier, Instance, Lease
 
@@ -273,6 +273,16 @@ def lease(found: Mapping[str, Any]) -> Lease:
         tags=json.loads(notes.get(TAGS, "{}")),
         keeps=launched and keeps(found),
     )
+
+
+def tidy(session: Session, found: Mapping[str, Any]) -> None:
+    """See, once, that nothing secret is left of a task that is over, and keeps its data."""
+    metadata = found["metadata"]
+    if keeps(found) and over(found) and metadata["annotations"].get(EXPIRES):
+        forget(session, metadata["name"])
+        with suppress(NotFound):
+            body = {"metadata": {"annotations": {EXPIRES: ""}}}
+            session.call("PATCH", "jobs", metadata["name"], body)
 
 
 def happening(event: Mapping[str, Any], deleted: set[str]) -> Happening:

@@ -15,7 +15,7 @@ import weakref
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import IO, TYPE_CHECKING, Any
 
 from cml_runner import store, wait
@@ -51,12 +51,15 @@ class Volume(store.Store):
         self._sending: tuple[Running, tarfile.TarFile] | None = None
 
     @cached_property
-    def _place(self) -> TemporaryDirectory[str]:
-        return TemporaryDirectory(prefix="cml-runner-")
+    def _place(self) -> Path:
+        """A directory that goes with us."""
+        path = Path(mkdtemp(prefix="cml-runner-"))
+        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+        return path
 
     @cached_property
     def _here(self) -> store.Store:
-        return store.Store(Path(self._place.name).as_uri())
+        return store.Store(self._place.as_uri())
 
     def claim(self, key: str, content: bytes) -> bool:
         """Put an object there; all that was written before is there when this returns."""
@@ -102,11 +105,11 @@ class Volume(store.Store):
     def expect(self, keys: Sequence[str]) -> None:
         """Fetch objects, all in one stream, but for those that are here."""
         with self._lock:
-            if missing := [key for key in keys if not Path(self._place.name, key).exists()]:
+            if missing := [key for key in keys if not Path(self._place, key).exists()]:
                 self._fetch(GET, "".join(f"{key}\n" for key in missing).encode())
                 # Who asks again for what is gone should see what there is instead.
                 self._known = self._known and all(
-                    Path(self._place.name, key).exists() for key in missing
+                    Path(self._place, key).exists() for key in missing
                 )
 
     def keys(self, prefix: str) -> list[str]:
@@ -164,7 +167,7 @@ class Volume(store.Store):
         running.close(PASSING)
 
     def _keep(self, name: str, content: IO[bytes]) -> None:
-        path = Path(self._place.name, name)
+        path = Path(self._place, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}#1")  # which a store doesn't see
         with new.open("wb") as file:

@@ -37,6 +37,7 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 BEGUN = ("Running", "Succeeded", "Failed")
 KEPT = {name: name.rpartition("/")[2] for name in (store.LABEL, store.RECALL, store.RESUME)}
 _DATA = f"{store.DATA}/"
+LOST = "unable to retrieve container logs"  # what a node says instead of a log
 LONGEST = 10_000_000  # bytes of a log to read
 
 
@@ -154,7 +155,8 @@ class Words(store.Store):
         query: dict[str, str | int] = {"container": pod.CONTAINER, "limitBytes": LONGEST}
         name = f"{one['metadata']['name']}/log"
         try:
-            return self._session.text("pods", name, query=query, patience=BRIEF)
+            text = self._session.text("pods", name, query=query, patience=BRIEF)
+            return "" if text.startswith(LOST) else text
         except CredentialsError:
             raise
         except RunnerError as error:
@@ -188,8 +190,7 @@ class Words(store.Store):
         found = self._job()
         if not (found and pod.keeps(found) and pod.over(found)):
             return False
-        secret.delete(self._session, self._task)
-        secret.keep(self._session, self._task, KEPT[store.RESUME], None)
+        forget(self._session, self._task)
         return True
 
     def _silent(self, key: str) -> set[int]:
@@ -207,7 +208,7 @@ class Words(store.Store):
         if not pod.over(found) and not (logs and stopped):
             return set()
         ranks = set(range(found["spec"]["completions"]))
-        if logs and found["status"].get("failed"):
+        if logs and (stopped or found["status"].get("failed")):
             return ranks - set(self._read)
         return ranks - {_rank(one) for one in self.pods(fresh=False)}
 
@@ -235,6 +236,12 @@ class Words(store.Store):
 
     def _unwritable(self, key: str) -> RunnerError:
         return RunnerError(f"{key} can't be written: only a task's pods say what they do")
+
+
+def forget(session: Session, task: str) -> None:
+    """Delete what is secret of a task that is over, and keeps its data."""
+    secret.delete(session, task)
+    secret.keep(session, task, KEPT[store.RESUME], None)
 
 
 def _number(key: str) -> int:
