@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from cml_runner import store, wait
 from cml_runner.clouds.kubernetes import pod
 from cml_runner.clouds.kubernetes.stream import Running
-from cml_runner.errors import NotReady, RunnerError
+from cml_runner.errors import CredentialsError, NotReady, RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,10 +176,17 @@ class Volume(store.Store):
 
     def _run(self, command: str) -> Running:
         """Start a command where the volume is."""
-        name = "" if self._door else self._own_pod()
-        if not name:
-            self._door = self._door or self._new_pod()
-            name = self._door[0]
+        if not self._door and (name := self._own_pod()):
+            try:
+                return self._begin(name, command)
+            except CredentialsError:
+                raise
+            except RunnerError as error:  # it has just ended
+                log.debug("%s: %s", name, error)
+        self._door = self._door or self._new_pod()
+        return self._begin(self._door[0], command)
+
+    def _begin(self, name: str, command: str) -> Running:
         return Running(self._session, name, pod.CONTAINER, ["/bin/sh", "-c", command])
 
     def _own_pod(self) -> str:

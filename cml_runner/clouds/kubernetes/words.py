@@ -19,7 +19,7 @@ import msgspec
 
 from cml_runner import bootstrap, store
 from cml_runner.clouds.kubernetes import container as buckets
-from cml_runner.clouds.kubernetes import pod, secret
+from cml_runner.clouds.kubernetes import machine, pod, secret
 from cml_runner.clouds.kubernetes.volume import Volume
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
 from cml_runner.model import Status
@@ -37,7 +37,8 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 BEGUN = ("Running", "Succeeded", "Failed")
 KEPT = {name: name.rpartition("/")[2] for name in (store.LABEL, store.RECALL, store.RESUME)}
 _DATA = f"{store.DATA}/"
-LOST = "unable to retrieve container logs"  # what a node says instead of a log
+# What a node says instead of a log.
+LOST = ("unable to retrieve container logs", "failed to try resolving symlinks")
 LONGEST = 10_000_000  # bytes of a log to read
 
 
@@ -208,9 +209,10 @@ class Words(store.Store):
         if not pod.over(found) and not (logs and stopped):
             return set()
         ranks = set(range(found["spec"]["completions"]))
-        if logs and (stopped or found["status"].get("failed")):
+        if logs and stopped:
             return ranks - set(self._read)
-        return ranks - {_rank(one) for one in self.pods(fresh=False)}
+        there = [one for one in self.pods(fresh=False) if not (logs and _replaced(one))]
+        return ranks - {_rank(one) for one in there} - (set(self._read) if logs else set())
 
     def _job(self) -> dict[str, Any] | None:
         """Return the Job as it is, or was just now."""
@@ -254,6 +256,12 @@ def _rank(one: dict[str, Any]) -> int:
     metadata = one["metadata"]
     labels, annotations = metadata.get("labels", {}), metadata.get("annotations", {})
     return int(labels.get(INDEX) or annotations.get(INDEX) or 0)
+
+
+def _replaced(one: dict[str, Any]) -> bool:
+    """Say if there were others before a pod, in its place."""
+    notes = one["metadata"].get("annotations", {})
+    return any(int(notes.get(name) or 0) for name in machine.COUNTS.values())
 
 
 def ended(one: dict[str, Any], said: Status | None) -> Status | None:
