@@ -42,6 +42,8 @@ SERVER = f"https://{GATEWAY}:{PORT}"
 START = """\
 set -eu
 mount -t tmpfs tmpfs /run
+mkdir -p /var/log/pods
+mount -t tmpfs tmpfs /var/log/pods  # where another node on this computer would clear up
 mkdir -p /run/netns
 mount --bind {etc}/resolv.conf /etc/resolv.conf
 exec >>{log}/init 2>&1

@@ -212,6 +212,8 @@ class Words(store.Store):
         if logs and stopped:
             return ranks - set(self._read)
         there = [one for one in self.pods(fresh=False) if not (logs and _replaced(one))]
+        if key.startswith("result-"):  # whose pods are there may have lost their logs
+            there = [one for one in there if self._result(_rank(one))]
         return ranks - {_rank(one) for one in there} - (set(self._read) if logs else set())
 
     def _job(self) -> dict[str, Any] | None:
