@@ -102,7 +102,7 @@ def test_evicted_in_the_middle(town: Town, workdir: Path) -> None:
     assert int(begin) >= 5
     done = town.cli("task", "logs", "-f", "count", *PLACE)
     assert done.returncode == 3, done.stderr + logs(town)
-    wait(town, lambda: not town.pods(), "the end of all pods")
+    wait(town, lambda: told(town)["expires"] is None, "the Job to be over")
     found = told(town)
     assert found["status"] == {"failed": 1}
     assert [(one["code"], one["epoch"]) for one in found["machines"]] == [(3, 2)]
