@@ -4,12 +4,14 @@ What a task consists of, all of it named after its identifier:
 
     job        the claim on the name; suspended until all the rest is there. It numbers its pods,
                replaces those that are evicted or killed, never those whose program fails, ends
-               at the deadline, and goes an hour after its end
+               at the deadline, and goes an hour after its end; one that keeps data stays
     settings   a Secret, and
     script     a ConfigMap, which the pods mount; both belong to the Job and go with it
+    claim      a volume claim, for the data of a task that keeps them; likewise
+    kept       a Secret with what only launchers read of such a task; likewise
     pods       with the image's own user, and no access to the cluster unless it is asked for
 
-There is no bucket: what pods have to say stands in their logs.
+There is no bucket: what pods have to say stands in their logs, and in the volume.
 """
 
 from __future__ import annotations
