@@ -30,8 +30,11 @@ T = TypeVar("T")
 PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30)}
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
+TOLD = "cml-runner-result: "  # likewise, a model.Result
 LEFT = "left-"
 DATA = "data"  # folder of a task's snapshots: transfer.History
+LABEL = f"{DATA}/task.json"  # what has to be known of them
+WORDS = f"{DATA}/words/"  # what machines that speak aloud have said, once they are gone
 PUSHED = "push"  # the name of what its launcher has sent; those of machines are their ranks
 RECALL = "recall"  # an empty object: machines stop, and keep their data
 RESUME = "resume.json"  # with what a task can be started again; secret; gone once it is over
@@ -157,6 +160,12 @@ class Store:
         with suppress(FileNotFoundError), _translated(self.url):
             obstore.delete(self._store, key)
 
+    def expect(self, keys: Sequence[str]) -> None:
+        """Learn which objects will be viewed next."""
+
+    def outlive(self, beyond: Store) -> None:
+        """Learn of a store for what is to be kept, unless it is kept here."""
+
     def remove(self, keys: Sequence[str]) -> None:
         """Remove many objects; absent is removed already."""
         import obstore
@@ -215,22 +224,73 @@ class Store:
 class Said(Store):
     """A directory of a machine that can write nowhere else, said:///DIRECTORY.
 
-    What others must know it says aloud: its status on stdout, whenever there is news. (Its log is
-    on stderr in any case.)
+    What others must know it says aloud: its status and its result on stdout, whenever there is
+    news. (Its log is on stderr in any case.) What has to outlive the machine is in another store,
+    if there is one: ?data=/DIRECTORY, or one of the user's own.
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__(urlsplit(url)._replace(scheme="file").geturl())
+        parts = urlsplit(url)
+        super().__init__(parts._replace(scheme="file", query="").geturl())
+        beyond = dict(parse_qsl(parts.query)).get("data")
+        self._beyond = Store(Path(beyond).as_uri()) if beyond else None
+        self._own = Store(self.url)
         self._last: dict[str, Any] = {}
+
+    def outlive(self, beyond: Store) -> None:
+        """Keep there what is to be kept."""
+        if beyond is not self:
+            self._beyond = beyond
+
+    def claim(self, key: str, content: bytes) -> bool:
+        """Put an object there unless there is one; say it if it is a result."""
+        store, name = self._place(key)
+        new = store.claim(name, content)
+        if new and key.startswith("result-"):
+            print(TOLD + content.decode(), flush=True)
+        return new
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's content."""
+        store, name = self._place(key)
+        return store.read(name)
+
+    def view(self, key: str, start: int = 0, end: int = 0) -> memoryview | None:
+        """Return an object's content, all or a part of it."""
+        store, name = self._place(key)
+        return store.view(name, start, end)
 
     def write(self, key: str, content: bytes) -> None:
         """Write an object; say it as well if it is a status."""
-        super().write(key, content)
         if key.startswith("status-"):
             news = msgspec.json.decode(content)
             if {**news, "at": ""} != {**self._last, "at": ""}:
                 print(SAID + content.decode(), flush=True)
             self._last = news
+        store, name = self._place(key)
+        store.write(name, content)
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        store, name = self._place(key)
+        store.delete(name)
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove many objects, all of them in one place."""
+        found = [self._place(key) for key in keys]
+        if found:
+            found[0][0].remove([name for _, name in found])
+
+    def keys(self, prefix: str) -> list[str]:
+        """List the names of objects."""
+        store, name = self._place(prefix)
+        return [prefix + key.removeprefix(name) for key in store.keys(name)]
+
+    def _place(self, key: str) -> tuple[Store, str]:
+        """Say in which store an object is, and under which name."""
+        if self._beyond is None or not kept(key):
+            return self._own, key
+        return self._beyond, key if key.startswith(f"{DATA}/") else f"{WORDS}{key}"
 
 
 class Log:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LABEL = f"{store.DATA}/task.json"
+LABEL = store.LABEL
 TRIES = 3  # of fetching what changes meanwhile
 
 

@@ -114,13 +114,13 @@ class _Reader:
             self.mistakes.append(f"--workdir {options.workdir}: no such directory")
         count = self.take("--parallelism", lambda: _whole(options.parallelism, 1, 1000), 1)
         timeout = self.take("--timeout", lambda: _lifetime(options.timeout), 1.0)
-        machine = self._machine()
+        opts = self._pairs("--storage-container-opts", options.storage_container_opts)
+        machine = self._machine({} if options.storage_container else opts)
         script = self.take("--script", self._script, "")
         environment = self._environment()
         output = self.take("--output", lambda: _inside(options.output), "")
         rules = self.take("--exclude", lambda: Rules(options.exclude), Rules())
         tags = self._pairs("--tags", options.tags)
-        opts = self._pairs("--storage-container-opts", options.storage_container_opts)
         if options.machine_uv and "#sha256=" not in options.machine_uv:
             self.mistakes.append("--machine-uv: write URL#sha256=HEX")
         if self.mistakes:
@@ -141,7 +141,7 @@ class _Reader:
             output=output,
             rules=rules,
             container=_address(options.storage_container, identifier),
-            container_options=opts,
+            container_options=opts if options.storage_container else {},
             tags=tags,
         )
 
@@ -155,7 +155,8 @@ class _Reader:
             self.mistakes.append(f"{flag}: {error}")
         return otherwise
 
-    def _machine(self) -> Machine:
+    def _machine(self, storage: Mapping[str, str]) -> Machine:
+        """Describe it, with the options of the storage that is the cloud's own."""
         options = self.options
         price = self.take("--spot", lambda: float(options.spot), -1.0)
         disk = options.disk_size if options.disk_size != "-1" else ""
@@ -166,6 +167,7 @@ class _Reader:
             spot=price >= 0,
             spot_price=price if price > 0 else -1,
             permissions=options.permission_set,
+            options={f"{options.cloud}-{key}": value for key, value in storage.items()},
         )
 
     def _program(self) -> Program:
@@ -222,8 +224,12 @@ def _identifier(name: str, workdir: Path) -> Identifier:
 
 
 def _address(container: str, identifier: Identifier) -> str:
-    """Take NAME/PATH; the path is the task's own if none is given, and empty after a slash."""
-    return f"{container}/{identifier.short}" if container and "/" not in container else container
+    """Take NAME/PATH; the path is the task's own if none is given, and empty after a slash.
+
+    An address, s3://NAME/PATH say, is the same behind its scheme.
+    """
+    name = container.rpartition("://")[2]
+    return f"{container}/{identifier.short}" if name and "/" not in name else container
 
 
 def _lifetime(text: str) -> float:

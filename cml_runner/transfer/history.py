@@ -108,6 +108,10 @@ class History:
             raise RunnerError(msg)
         return content
 
+    def expect(self, blobs: Iterable[Blob]) -> None:
+        """Say which content will be read next, so that it may come at once."""
+        self.store.expect([f"{self.data}/{blob.key}" for blob in blobs])
+
     def forget(self, blobs: Iterable[Blob]) -> None:
         """Delete blobs which no snapshot needs, but for those of others."""
         ours = [one.key for one in blobs if one.key.startswith(f"{self.name}/")]

@@ -190,6 +190,7 @@ class _Files:
                 at += length
             if not entry.pieces:
                 self._put(_Part(file, 0, 0, 0), b"")
+        self._history.expect(plan)
         try:
             with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="download") as pool:
                 for future in [pool.submit(self._blob, *one) for one in plan.items()]:

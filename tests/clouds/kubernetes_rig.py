@@ -49,7 +49,7 @@ class KubernetesRig:
         monkeypatch.setenv("KUBECONFIG", str(country.kubeconfig(namespace, directory / "config")))
         self.cloud = Cloud("us-west")
         self.cloud.kept, self.cloud.grace = 6, 2
-        self.cloud.start = lambda _: PROGRAM
+        self.cloud.start = lambda *_: PROGRAM
 
     def task(self, settings: str = "{}", tags: Mapping[str, str] | None = None) -> Task:
         return Task(
@@ -85,10 +85,11 @@ class KubernetesRig:
     def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
         """Have a pod say something; a status is said as one, and in one write."""
         assert plan
-        from cml_runner.store import SAID
+        from cml_runner.store import SAID, TOLD
 
+        begin = {"status": SAID, "result": TOLD}.get(key.partition("-")[0], "")
         new = self.directory(instance) / "new"
-        new.write_text(f"{SAID}{text}\n" if key.startswith("status-") else text)
+        new.write_text(f"{begin}{text}\n" if begin else text)
         until(lambda: not new.with_name("say").exists(), "what was said before", 5, 0.02)
         new.rename(new.with_name("say"))
         until(lambda: not new.with_name("say").exists(), "the pod to say it", 5, 0.02)

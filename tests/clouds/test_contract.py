@@ -105,14 +105,16 @@ def test_data_outlive_the_machines(rig: Rig) -> None:
     until(lambda: rig.running(plan))
     plan.group.expire(expires)
     bucket = plan.bucket.store
-    bucket.write("data/000/b/1", b"data")
-    bucket.write("result-000.json", b"{}")
-    rig.leave(plan, *rig.running(plan))
+    bucket.claim("data/000/h/00000001-00000001", b"data")
+    (instance,) = rig.running(plan)
+    rig.say(plan, instance, "result-000.json", "{}")
+    rig.leave(plan, instance)
     until(lambda: rig.cloud.tasks()[0].expires is None)
     (lease,) = rig.cloud.tasks()
     assert (lease.id, lease.keeps) == (task.id, True)
     assert until(lambda: not plan.group.instances())
-    assert (bucket.read("data/000/b/1"), bucket.read("result-000.json")) == (b"data", b"{}")
+    kept = ("data/000/h/00000001-00000001", "result-000.json")
+    assert [bucket.read(key) for key in kept] == [b"data", b"{}"]
     assert bucket.read(SETTINGS) is None
     assert rig.traces(SECRET) == []
     assert not rig.cloud.plan(task).bucket.create(), "its name is taken"
@@ -120,7 +122,7 @@ def test_data_outlive_the_machines(rig: Rig) -> None:
     again = rig.cloud.plan(task)
     for resource in again.resources:
         resource.create()
-    assert bucket.read("data/000/b/1") == b"data"
+    assert bucket.read(kept[0]) == b"data"
     delete(again)
     assert rig.cloud.tasks() == []
     assert bucket.keys("") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -172,11 +173,91 @@ def test_the_role_names_each_verb() -> None:
     assert all("*" not in json.dumps(rule) for rule in role["rules"])
 
 
+# Tasks that keep their data
+
+
+def kept(data: str = "", **more: Any) -> Task:
+    settings = json.dumps({"script": {"content": "true", "data": data}})
+    return replace(task(**more), settings=settings, keeps=True)
+
+
+def test_a_task_has_a_claim_which_all_of_its_pods_mount() -> None:
+    wanted = kept(count=2, disk=7, options={"kubernetes-storage-class": "fast"})
+    claim = pod.claim(wanted)["spec"]
+    assert claim["accessModes"] == ["ReadWriteMany"]
+    assert claim["resources"]["requests"]["storage"] == "7G"
+    assert claim["storageClassName"] == "fast"
+    assert pod.claim(kept())["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert "storageClassName" not in pod.claim(kept())["spec"]
+    found = template(wanted)
+    volumes = {one["name"]: one for one in found["volumes"]}
+    assert volumes["data"]["persistentVolumeClaim"]["claimName"] == str(wanted.id)
+    mounts = {one["name"]: one["mountPath"] for one in found["containers"][0]["volumeMounts"]}
+    assert mounts["data"] == pod.DATA
+
+
+def test_its_job_stays_until_it_is_destroyed() -> None:
+    assert "ttlSecondsAfterFinished" not in manifest(kept())["spec"]
+    assert pod.keeps(manifest(kept()))
+    assert not pod.keeps(manifest(task()))
+
+
+def test_runners_and_tasks_with_a_bucket_have_no_claim() -> None:
+    for wanted in (task(), kept(data="s3://ours/there")):
+        assert "data" not in [one["name"] for one in template(wanted)["volumes"]]
+        labels = [one.label for one in Cloud("us-west").plan(wanted).resources]
+        assert labels == ["job", "settings", "script", "pods"]
+    labels = [one.label for one in Cloud("us-west").plan(kept()).resources]
+    assert labels == ["job", "settings", "script", "claim", "pods"]
+
+
+def test_data_move_where_the_pods_would_be() -> None:
+    wanted = kept(types=("4-1000+t4",), options={"kubernetes-node-selector": "zone=b"})
+    whole = manifest(wanted)
+    whole["metadata"]["uid"] = "42"
+    found = pod.mover(whole)
+    assert found["metadata"]["ownerReferences"][0]["uid"] == "42"
+    assert pod.TASK not in found["metadata"]["labels"]
+    own = whole["spec"]["template"]["spec"]
+    for name in ("nodeSelector", "tolerations", "affinity", "securityContext"):
+        assert found["spec"].get(name) == own.get(name)
+    assert "nvidia.com/gpu" not in json.dumps(found["spec"]["containers"])
+    assert SECRET not in json.dumps(found)
+    assert found["spec"]["automountServiceAccountToken"] is False
+
+
+def test_what_is_idle_ends() -> None:
+    script = pod.IDLE.replace("sleep 300", "true").replace("/proc/[0-9]*", "/proc/[s]elf")
+    assert subprocess.run(["sh", "-c", script], check=False, timeout=10).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "address", ["name/path", "s3://", "s3:///path", "ftp://name/x", "s3://A b/"]
+)
+def test_a_bucket_has_an_address(address: str) -> None:
+    with pytest.raises(ConfigurationError, match="s3://, gs:// or az://NAME/PATH"):
+        Cloud("us-west").container(address, {})
+
+
+def test_pods_and_launchers_name_a_bucket_alike() -> None:
+    found = Cloud("us-west").container("s3://name/a b", {"region": "eu-west-1"})
+    assert found.url == "s3://name/a%20b?region=eu-west-1"
+
+
+def test_a_task_that_is_over_costs_no_more_than_its_data() -> None:
+    notes = {job.EXPIRES: NOW.isoformat(), pod.LAUNCHED: "true", pod.KEEPS: "true"}
+    found = {**found_job(**notes), "status": {}}
+    assert (job.lease(found).keeps, job.lease(found).expires) == (True, NOW)
+    found["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    assert (job.lease(found).keeps, job.lease(found).expires) == (True, None)
+
+
 # The first script of a container
 
 
 def test_the_script_keeps_its_secrets_where_they_are() -> None:
-    script = Cloud("us-west").start(Program(version="1.2.3", requirement="cml-runner==1.2.3"))
+    program = Program(version="1.2.3", requirement="cml-runner==1.2.3")
+    script = Cloud("us-west").start(program, "said:///run/cml-runner/bucket?data=/x")
     assert SECRET not in script
     assert "cml-runner==1.2.3" in script
     assert subprocess.run(["sh", "-n"], input=script, text=True, check=True).returncode == 0
@@ -321,9 +402,9 @@ def test_a_launch_that_was_never_finished_is_given_up_after_an_hour() -> None:
     expires = (NOW + timedelta(days=5)).isoformat()
     found = job.lease(found_job(**{job.EXPIRES: expires}))
     assert found.expires == NOW + job.LAUNCH
-    found = job.lease(found_job(**{job.EXPIRES: expires, job.LAUNCHED: "true"}))
+    found = job.lease(found_job(**{job.EXPIRES: expires, pod.LAUNCHED: "true"}))
     assert found.expires == NOW + timedelta(days=5)
-    assert job.lease(found_job(**{job.EXPIRES: "", job.LAUNCHED: "true"})).expires is None
+    assert job.lease(found_job(**{job.EXPIRES: "", pod.LAUNCHED: "true"})).expires is None
 
 
 def test_jobs_of_others_are_not_ours() -> None:

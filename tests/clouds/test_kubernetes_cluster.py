@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cml_runner.clouds.kubernetes import RULES, Cloud
+from cml_runner.clouds.kubernetes import RULES, Cloud, pod
 from cml_runner.clouds.kubernetes.job import Job
 from cml_runner.errors import CredentialsError, NotFound
 from cml_runner.model import Machine, Task
@@ -60,6 +60,44 @@ def test_a_strict_server_takes_every_manifest(
 
 
 _DEFAULTED = ("template", "podFailurePolicy")  # to which a server adds
+
+
+def test_a_strict_server_takes_all_that_keeps_data(kubernetes_rig: KubernetesRig) -> None:
+    options = {"kubernetes-storage-class": "fast"}
+    machine = replace(kubernetes_rig.task().machine, disk=3, options=options)
+    task = replace(kubernetes_rig.task(), machine=machine, count=2, keeps=True)
+    strict = "dryRun=All&fieldValidation=Strict"
+    answer = kubernetes_rig.ask("POST", f"jobs?{strict}", job(kubernetes_rig, task).manifest)
+    assert "ttlSecondsAfterFinished" not in answer["spec"]
+    claim = {"metadata": {"name": str(task.id)}, **pod.claim(task)}
+    answer = {**answer, "metadata": {**answer["metadata"], "uid": "42"}}
+    for kind, body in (("persistentvolumeclaims", claim), ("pods", pod.mover(answer))):
+        assert kubernetes_rig.ask("POST", f"{kind}?{strict}", body)["spec"]
+
+
+def test_data_move_through_a_pod_that_is_there_no_longer_than_they_do(
+    kubernetes_rig: KubernetesRig,
+) -> None:
+    plan = kubernetes_rig.launch(0, replace(kubernetes_rig.task(), keeps=True))
+    bucket, large = plan.bucket.store, bytes(range(256)) * 40_000
+    blobs = [f"data/push/b/00000001/{number}" for number in range(5)]
+    for key in blobs:
+        bucket.write(key, large)
+    assert bucket.claim("data/push/h/00000001-00000001", b"head")
+    assert len(_all(kubernetes_rig, "pods")) == 1
+    again = job(kubernetes_rig, Task(id=kubernetes_rig.cloud.tasks()[0].id)).store
+    assert again.keys("data/push/h/") == ["data/push/h/00000001-00000001"]
+    assert not again.claim("data/push/h/00000001-00000001", b"another")
+    again.expect([*blobs, "data/push/b/00000001/gone"])
+    assert all(bytes(again.view(key) or b"") == large for key in blobs)
+    assert bytes(again.view(blobs[0], 3, 5) or b"") == bytes([3, 4])
+    assert again.view("data/push/b/00000001/gone") is None
+    again.close()
+    plan.group.resize(0)
+    until(lambda: not _all(kubernetes_rig, "pods"), "the end of who moved them", 20, 0.1)
+    for resource in reversed(plan.resources):
+        resource.delete()
+    until(lambda: not _all(kubernetes_rig, "persistentvolumeclaims"), "no claim", 30, 0.1)
 
 
 def test_a_job_owns_all_that_belongs_to_it(kubernetes_rig: KubernetesRig) -> None:

@@ -42,6 +42,8 @@ SERVER = f"https://{GATEWAY}:{PORT}"
 START = """\
 set -eu
 mount -t tmpfs tmpfs /run
+mkdir -p /var/log/pods
+mount -t tmpfs tmpfs /var/log/pods  # where another node on this computer would clear up
 mkdir -p /run/netns
 mount --bind {etc}/resolv.conf /etc/resolv.conf
 exec >>{log}/init 2>&1
@@ -165,6 +167,7 @@ class Cluster:
         self.internet = internet
         self._prepared, self._etc = prepared, directory / "cluster"
         self._bin = prepared / "kubernetes"
+        self.volumes = directory / "volumes"  # of the node's disk
         self.kubeconfig = self._etc / "kubeconfig"
         self.token = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BUSYBOX = Path("/bin/busybox")
 APPLETS = (
     *("sh", "sleep", "cat", "date", "echo", "env", "id", "kill", "ls", "mkdir", "touch", "true"),
-    *("false", "tail", "test", "printf", "rm"),
+    *("false", "tail", "test", "printf", "rm", "tar", "find", "xargs"),
 )
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tests.worlds import World
 
 LOST = 40  # seconds until GitHub gives a job up; a cluster needs twenty to replace a dead pod
-KINDS = ("jobs", "pods", "secrets", "configmaps")
+KINDS = ("jobs", "pods", "secrets", "configmaps", "persistentvolumeclaims")
+VOLUMES = 3  # for a namespace
 REGISTRY = "images.lab.example"  # of images, all of which are on the node already
 
 
@@ -83,12 +84,28 @@ class Country:
         role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "cml-runner"}
         binding = {"metadata": {"name": "launcher"}, "subjects": [launcher], "roleRef": role}
         ask("POST", f"{access}/rolebindings", binding)
+        for number in range(VOLUMES):
+            ask("POST", "/api/v1/persistentvolumes", self._volume(f"{name}-{number}"))
         try:
             yield name
         finally:  # at once: the node has but few cores
             for path in (f"/apis/batch/v1/namespaces/{name}/jobs", f"{home}/pods", home):
                 with suppress(urllib.error.HTTPError):
                     ask("DELETE", f"{path}?gracePeriodSeconds=0&propagationPolicy=Background")
+
+    def _volume(self, name: str) -> dict[str, Any]:
+        """Describe one, for whoever claims any: nobody makes them here on demand."""
+        path = self.cluster.volumes / name
+        path.mkdir(parents=True)
+        path.chmod(0o777)
+        return {
+            "metadata": {"name": name},
+            "spec": {
+                "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+                "capacity": {"storage": "100G"},
+                "hostPath": {"path": str(path)},
+            },
+        }
 
     def kubeconfig(self, namespace: str, path: Path) -> Path:
         """Write that of the launcher."""

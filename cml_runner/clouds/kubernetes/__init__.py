@@ -4,12 +4,14 @@ What a task consists of, all of it named after its identifier:
 
     job        the claim on the name; suspended until all the rest is there. It numbers its pods,
                replaces those that are evicted or killed, never those whose program fails, ends
-               at the deadline, and goes an hour after its end
+               at the deadline, and goes an hour after its end; one that keeps data stays
     settings   a Secret, and
     script     a ConfigMap, which the pods mount; both belong to the Job and go with it
+    claim      a volume claim, for the data of a task that keeps them; likewise
+    kept       a Secret with what only launchers read of such a task; likewise
     pods       with the image's own user, and no access to the cluster unless it is asked for
 
-There is no bucket: what pods have to say stands in their logs.
+There is no bucket: what pods have to say stands in their logs, and in the volume.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap, clouds
-from cml_runner.clouds.kubernetes import catalogue, machine, pod, secret
-from cml_runner.clouds.kubernetes.job import Group, Job, lease, over
+from cml_runner.clouds.kubernetes import catalogue, container, machine, pod, secret
+from cml_runner.clouds.kubernetes.job import Group, Job, lease, tidy
 from cml_runner.clouds.kubernetes.session import Session
 from cml_runner.errors import ConfigurationError, CredentialsError
 from cml_runner.model import Task
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cml_runner.model import Identifier, Lease, Notice, Program
+    from cml_runner.store import Store
 
 BRIEF = 5  # seconds to wait for a cluster which may be of the past
 KEPT = 3600  # seconds that a Job is there after its end, for who wants to read its logs
@@ -38,8 +41,10 @@ RULES = (  # group, resource, verbs
     ("batch", "jobs", ("create", "get", "list", "patch", "delete")),
     ("", "secrets", ("create", "get", "patch", "delete")),
     ("", "configmaps", ("create", "get", "delete")),
-    ("", "pods", ("list",)),
+    ("", "persistentvolumeclaims", ("create", "get")),
+    ("", "pods", ("list", "create", "delete")),
     ("", "pods/log", ("get",)),
+    ("", "pods/exec", ("get", "create")),  # the first until 1.34, both from then on
     ("", "pods/eviction", ("create",)),
     ("", "events", ("list",)),
 )
@@ -49,12 +54,12 @@ class Cloud:
     """One cluster and namespace. A region is all of it, or the nodes with some label."""
 
     dedicated = True
-    keeps = False
+    keeps = True
     extra = ""
     metadata_service = False
     kept: int = KEPT  # a test may be in a hurry
     grace: int = pod.GRACE  # likewise
-    start: Callable[[Program], str]  # likewise
+    start: Callable[[Program, str], str]  # likewise
 
     def __init__(self, region: str) -> None:
         self.region, self._nodes = catalogue.region(region)
@@ -66,25 +71,33 @@ class Cloud:
         name = task.machine.options.get("kubernetes-namespace", "")
         session = Session(name) if name else self._session
         manifest = None
+        bucket = f"{BUCKET}?data={pod.DATA}" if pod.claims(task) else BUCKET
         if task != Task(id=task.id):  # the identifier alone will do for all but creation
             wanted = pod.understood(task, self._nodes)
-            self.start(task.program)  # or it is refused
+            self.start(task.program, bucket)  # or it is refused
             manifest = pod.job(task, wanted, self.region, kept=self.kept, grace=self.grace)
         job = Job(session, task, manifest)
         settings = secret.settings(job)
-        script = secret.script(job, lambda: self.start(task.program))
-        group = Group(job, (job, settings, script))
-        return clouds.Plan(resources=(job, settings, script, group), group=group, bucket=job)
+        script = secret.script(job, lambda: self.start(task.program, bucket))
+        parts = (settings, script, *([secret.claim(job)] if pod.claims(task) else ()))
+        group = Group(job, (job, *parts))
+        return clouds.Plan(resources=(job, *parts, group), group=group, bucket=job)
+
+    def container(self, address: str, options: Mapping[str, str]) -> Store:
+        """Open a bucket of any service, s3://NAME/PATH say, with the environment's credentials."""
+        return container.opened(address, options)
 
     def tasks(self) -> list[Lease]:
-        """List the Jobs of this region that are not over."""
+        """List the Jobs of this region that are not over, or keep data."""
         labels = ",".join(f"{key}={value}" for key, value in pod.OURS.items())
         selector = f"{labels},{pod.REGION}={self.region}"
         found = []
         for one in self._session.items("jobs", patience=BRIEF, labelSelector=selector):
             with suppress(ConfigurationError):
-                if not over(one) and "deletionTimestamp" not in one["metadata"]:
+                there = pod.keeps(one) or not pod.over(one)
+                if there and "deletionTimestamp" not in one["metadata"]:
                     found.append(lease(one))
+                    tidy(self._session, one)
         return found
 
     def setup(self) -> list[str]:
@@ -138,5 +151,5 @@ class Cloud:
         """Do nothing: a pod leaves by ending well, and a Job is over with its last pod."""
 
 
-def _start(program: Program) -> str:
-    return bootstrap.container(f"{pod.SETTINGS}/{SETTINGS}", BUCKET, program)
+def _start(program: Program, bucket: str) -> str:
+    return bootstrap.container(f"{pod.SETTINGS}/{SETTINGS}", bucket, program)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import wait
 from cml_runner.clouds.kubernetes import pod
-from cml_runner.clouds.kubernetes.words import Words, terminated
+from cml_runner.clouds.kubernetes.pod import keeps, over
+from cml_runner.clouds.kubernetes.words import Words, forget, terminated
 from cml_runner.errors import AlreadyExists, NotFound
 from cml_runner.model import Happening, Identifier, Instance, Lease
 
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 
 LAUNCH = timedelta(hours=1)  # the longest that one can take
 LONGEST = 300  # seconds for a Job to be gone with its pods
-EXPIRES, LAUNCHED = f"{pod.PREFIX}expires", f"{pod.PREFIX}launched"
+EXPIRES = f"{pod.PREFIX}expires"
 TAGS, ATTEMPT = f"{pod.PREFIX}tags", f"{pod.PREFIX}attempt"
-OVER = ("Complete", "Failed")
 INSTANCE = {"Pending": "starting", "Running": "running"}
 KINDS = (
     ("quota", re.compile(r"exceeded quota|must specify (limits|requests)")),
@@ -70,7 +70,7 @@ class Job:
         return Words(self.session, self.name)
 
     def create(self) -> bool:
-        """Create it, unless there is one; one that is over goes first."""
+        """Create it, unless there is one; one that is over goes first, if it keeps nothing."""
         assert self.manifest
         metadata = {**self.manifest["metadata"]}
         attempt = secrets.token_hex(8)  # tells our own Job from somebody else's
@@ -84,7 +84,8 @@ class Job:
             if found and found["metadata"].get("annotations", {}).get(ATTEMPT) == attempt:
                 self.ours.append(found["metadata"]["uid"])  # only the answer was lost
                 return True
-            if found and not over(found) and "deletionTimestamp" not in found["metadata"]:
+            there = found and (keeps(found) or not over(found))
+            if there and "deletionTimestamp" not in found["metadata"]:
                 return False
             self.delete()
             return self._created(body)
@@ -135,11 +136,20 @@ class Group:
         return bool(self.job.ours)
 
     def delete(self) -> None:
-        """Delete them with their Job."""
-        self.job.delete()
+        """Delete them with their Job; one that keeps data is suspended, and waits without them."""
+        self.job.store.close()
+        found = self.job.read()
+        if found is None or not keeps(found):
+            self.job.delete()
+            return
+        if not over(found):
+            self.job.patch({"spec": {"suspend": True}})
+        what = f"the pods of {self.job.name} to end; is their node alive?"
+        wait.until(lambda: not self.instances(), what, LONGEST, every=0.3)
 
     def resize(self, count: int) -> None:
         """Have so many pods; without any, the Job is suspended."""
+        self.job.store.close()
         if not count:
             self.job.patch({"spec": {"suspend": True}})
             return
@@ -192,7 +202,7 @@ class Group:
             raise NotFound(msg)
         began = found["status"].get("startTime")
         since = _time(began) if began else datetime.now(timezone.utc)
-        annotations = {EXPIRES: _written(at), LAUNCHED: "true"}
+        annotations = {EXPIRES: _written(at), pod.LAUNCHED: "true"}
         seconds = _seconds(at, since) if at else None
         self.job.patch(
             {
@@ -242,14 +252,6 @@ class Group:
         return name.startswith(f"{self.job.name}-")
 
 
-def over(found: Mapping[str, Any]) -> bool:
-    """Say if a Job has come to its end."""
-    return any(
-        one["type"] in OVER and one["status"] == "True"
-        for one in found["status"].get("conditions", ())
-    )
-
-
 def lease(found: Mapping[str, Any]) -> Lease:
     """Say how long a Job may be there. Raises ConfigurationError if it isn't ours.
 
@@ -258,7 +260,10 @@ def lease(found: Mapping[str, Any]) -> Lease:
     metadata = found["metadata"]
     notes, created = metadata.get("annotations", {}), _time(metadata["creationTimestamp"])
     expires = _read(notes.get(EXPIRES, ""))
-    if LAUNCHED not in notes:
+    launched = pod.LAUNCHED in notes
+    if launched and keeps(found) and over(found):
+        expires = None  # it costs no more than its data do
+    if not launched:
         given_up = created + LAUNCH
         expires = min(expires, given_up) if expires else given_up
     return Lease(
@@ -266,7 +271,18 @@ def lease(found: Mapping[str, Any]) -> Lease:
         created=created,
         expires=expires,
         tags=json.loads(notes.get(TAGS, "{}")),
+        keeps=launched and keeps(found),
     )
+
+
+def tidy(session: Session, found: Mapping[str, Any]) -> None:
+    """See, once, that nothing secret is left of a task that is over, and keeps its data."""
+    metadata = found["metadata"]
+    if keeps(found) and over(found) and metadata["annotations"].get(EXPIRES):
+        forget(session, metadata["name"])
+        with suppress(NotFound):
+            body = {"metadata": {"annotations": {EXPIRES: ""}}}
+            session.call("PATCH", "jobs", metadata["name"], body)
 
 
 def happening(event: Mapping[str, Any], deleted: set[str]) -> Happening:

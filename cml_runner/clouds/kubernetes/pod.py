@@ -6,6 +6,7 @@ Fields: https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/j
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,27 @@ if TYPE_CHECKING:
 
 PREFIX = "cml-runner/"  # of our labels and annotations
 TASK, REGION = f"{PREFIX}task", f"{PREFIX}region"
+KEEPS, LAUNCHED = f"{PREFIX}keeps", f"{PREFIX}launched"
+OVER = ("Complete", "Failed")
 OURS = {"app.kubernetes.io/managed-by": "cml-runner"}
+MOVES = f"{PREFIX}moves"  # label of a pod that moves a task's data
+# The shell sees no process but itself: nobody has anything done here any more.
+IDLE = "while sleep 300; do set -- /proc/[0-9]*; [ $# -gt 1 ] || exit 0; done"
 CONTAINER = "runner"
 GRACE = 60  # seconds that a pod has from the notice to its end
 KILLED = (137, 143)  # exit codes of who was killed, for lack of memory say, or by a dying node
 RETRIES = 3  # of a pod that was killed, or that its node didn't take
 GROUP = 64500  # the volumes' group, so that an image's own user can read its settings
 SETTINGS, SCRIPT, KEY = "/etc/cml-runner/settings", "/etc/cml-runner/start", "start"
+DATA = "/var/lib/cml-runner-data"  # where a task's claim is mounted
+DISK = 20  # GB of a claim, unless another size is asked for
 DOCKER, DOCKER_IMAGE = "tcp://127.0.0.1:2375", "docker:dind"
 OPTIONS = tuple(
     f"kubernetes-{name}"
-    for name in ("namespace", "node-selector", "toleration", "image-pull-secret")
+    for name in (
+        *("namespace", "node-selector", "toleration", "image-pull-secret"),
+        "storage-class",  # of a task's claim
+    )
 )
 
 
@@ -96,7 +107,10 @@ def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> di
         "metadata": {
             "name": str(task.id),
             "labels": labels,
-            "annotations": {f"{PREFIX}tags": json.dumps(dict(task.tags))},
+            "annotations": {
+                f"{PREFIX}tags": json.dumps(dict(task.tags)),
+                **({KEEPS: "true"} if task.keeps else {}),
+            },
         },
         "spec": {
             "suspend": True,
@@ -111,7 +125,7 @@ def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> di
                     {"action": "FailIndex", "onExitCodes": _codes("NotIn", *KILLED)},
                 ]
             },
-            "ttlSecondsAfterFinished": kept,
+            **({} if task.keeps else {"ttlSecondsAfterFinished": kept}),
             "template": {
                 "metadata": {
                     "labels": labels,
@@ -124,6 +138,83 @@ def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> di
             },
         },
     }
+
+
+def claims(task: Task) -> bool:
+    """Say if a task's data are in a claim of its own: they aren't in a bucket."""
+    found: dict[str, Any] = {}
+    with suppress(ValueError):
+        found = json.loads(task.settings)
+    return task.keeps and not (found.get("script") or {}).get("data")
+
+
+def claim(task: Task) -> dict[str, Any]:
+    """Write the volume claim that holds a task's data."""
+    storage = task.machine.options.get("kubernetes-storage-class", "")
+    return {
+        "spec": {
+            "accessModes": ["ReadWriteMany" if task.count > 1 else "ReadWriteOnce"],
+            "resources": {"requests": {"storage": f"{task.machine.disk or DISK}G"}},
+            **({"storageClassName": storage} if storage else {}),
+        }
+    }
+
+
+def over(found: Mapping[str, Any]) -> bool:
+    """Say if a Job has come to its end."""
+    return any(
+        one["type"] in OVER and one["status"] == "True"
+        for one in found["status"].get("conditions", ())
+    )
+
+
+def keeps(found: Mapping[str, Any]) -> bool:
+    """Say if a Job is that of a task which keeps its data."""
+    return KEEPS in found["metadata"].get("annotations", {})
+
+
+def mover(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the pod through which data are moved; it ends when nothing has moved for a while.
+
+    It lives where the task's own pods do, so that a volume made for it is one for them.
+    """
+    metadata, own = job["metadata"], job["spec"]["template"]["spec"]
+    (image,) = (one["image"] for one in own["containers"] if one["name"] == CONTAINER)
+    places = ("affinity", "nodeSelector", "tolerations", "imagePullSecrets", "securityContext")
+    amounts = {"cpu": "100m", "memory": "256M"}
+    return {
+        "metadata": {
+            "generateName": f"{metadata['name']}-data-",
+            "labels": {**OURS, MOVES: metadata["name"]},
+            "ownerReferences": [owner(metadata)],
+        },
+        "spec": {
+            **{name: own[name] for name in places if name in own},
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 0,
+            "containers": [
+                {
+                    "name": CONTAINER,
+                    "image": image,
+                    "command": ["/bin/sh", "-c", IDLE],
+                    "resources": {"requests": amounts, "limits": amounts},
+                    "volumeMounts": [{"name": "data", "mountPath": DATA}],
+                }
+            ],
+            "volumes": [_volume(metadata["name"])],
+        },
+    }
+
+
+def owner(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Refer to a Job, whose metadata these are, as an owner."""
+    return {"apiVersion": "batch/v1", "kind": "Job", "name": job["name"], "uid": job["uid"]}
+
+
+def _volume(name: str) -> dict[str, Any]:
+    return {"name": "data", "persistentVolumeClaim": {"claimName": name}}
 
 
 def _pod(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
@@ -156,6 +247,7 @@ def _pod(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
             {"name": "run", "emptyDir": {}},
             {"name": "work", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *([_volume(str(task.id))] if claims(task) else ()),
         ],
     }
 
@@ -187,6 +279,7 @@ def _container(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
             {"name": "run", "mountPath": str(machine.DIRECTORY)},
             _SHARED,
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the usual 64 MB are too small
+            *([{"name": "data", "mountPath": DATA}] if claims(task) else ()),
         ],
     }
 

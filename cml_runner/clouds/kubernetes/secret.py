@@ -21,24 +21,48 @@ if TYPE_CHECKING:
     from cml_runner.clouds.kubernetes.session import Session
 
 
-def read(session: Session, task: str) -> bytes | None:
-    """Return the settings; None if there are none."""
+def read(session: Session, name: str, key: str = SETTINGS) -> bytes | None:
+    """Return what a Secret holds, the settings say; None if it doesn't, or isn't there."""
     with suppress(NotFound):
-        found = session.call("GET", "secrets", task)
-        return base64.b64decode(found.get("data", {}).get(SETTINGS, ""))
+        text = session.call("GET", "secrets", name).get("data", {}).get(key)
+        return None if text is None else base64.b64decode(text)
     return None
 
 
 def write(session: Session, task: str, content: bytes) -> None:
     """Replace the settings. Raises NotFound if there are none."""
-    data = {SETTINGS: base64.b64encode(content).decode()}
-    session.call("PATCH", "secrets", task, {"data": data})
+    session.call("PATCH", "secrets", task, {"data": {SETTINGS: _coded(content)}})
 
 
 def delete(session: Session, task: str) -> None:
     """Delete the settings; absent is deleted already."""
     with suppress(NotFound):
         session.call("DELETE", "secrets", task)
+
+
+def keep(session: Session, task: str, key: str, content: bytes | None) -> None:
+    """Write what pods don't read, into a Secret that goes with the Job; None deletes it.
+
+    Raises NotFound if the Job is gone.
+    """
+    data = {key: None if content is None else _coded(content)}
+    try:
+        session.call("PATCH", "secrets", kept(task), {"data": data})
+    except NotFound:
+        if content is None:
+            return
+        job = session.call("GET", "jobs", task)["metadata"]
+        metadata = {"name": kept(task), "labels": pod.OURS, "ownerReferences": [pod.owner(job)]}
+        session.call("POST", "secrets", body={"metadata": metadata, "data": data})
+
+
+def kept(task: str) -> str:
+    """Name the Secret that stays until its task is destroyed."""
+    return f"{task}-kept"
+
+
+def _coded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +73,7 @@ class Part:
     kind: str  # as the API names it
     label: str
     content: Callable[[], dict[str, Any]]
+    stays: bool = False
 
     @property
     def needs(self) -> tuple[Job, ...]:
@@ -63,18 +88,23 @@ class Part:
         except AlreadyExists:
             if owner in self._owners():
                 return False
-            self.delete()
+            self._remove()
             self._create(owner)
         return True
 
     def delete(self) -> None:
-        """Delete it; absent is deleted already."""
+        """Delete it, unless it stays as long as its Job; absent is deleted already."""
+        if self.stays:
+            return
+        self._remove()
+
+    def _remove(self) -> None:
         with suppress(NotFound):
             self.job.session.call("DELETE", self.kind, self.job.name)
 
     def _create(self, owner: str) -> None:
         task = self.job.task
-        owned = {"apiVersion": "batch/v1", "kind": "Job", "name": self.job.name, "uid": owner}
+        owned = pod.owner({"name": self.job.name, "uid": owner})
         body = {
             "metadata": {
                 "name": self.job.name,
@@ -104,3 +134,8 @@ def settings(job: Job) -> Part:
 def script(job: Job, text: Callable[[], str]) -> Part:
     """Describe what the pods run first."""
     return Part(job, "configmaps", "script", lambda: {"data": {pod.KEY: text()}})
+
+
+def claim(job: Job) -> Part:
+    """Describe the volume claim of a task's data."""
+    return Part(job, "persistentvolumeclaims", "claim", lambda: pod.claim(job.task), stays=True)

@@ -31,9 +31,10 @@ from cml_runner.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from kubernetes.client import ApiClient
+    from websocket import WebSocket
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ NAMESPACE = "CML_RUNNER_CLOUD_KUBERNETES_NAMESPACE"
 OURS = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # of a pod in the cluster
 PATIENCE = 60  # seconds for an API server that doesn't answer …
 PAUSES = (0.2, 0.5, 1, 2, 4)  # … between two attempts; the last one for ever
+STREAMS = "v5.channel.k8s.io"  # the first version in which an input can end
+STALL = 300  # seconds in which nothing moves
 CONNECT, READ = 5, 30  # seconds for a connection, and for an answer
 PASSING = frozenset({429, 500, 502, 503, 504})
 PATCH = "application/merge-patch+json"
@@ -108,6 +111,32 @@ class Session:
         found = json.loads(self._send_again("POST", path, body, "ask for permissions"))
         return bool(found["status"]["allowed"])
 
+    def run(self, pod: str, container: str, command: Sequence[str]) -> WebSocket:
+        """Start a command in a pod; its streams are channels of one connection.
+
+        Raises NotFound, CredentialsError, or RunnerError.
+        """
+        from kubernetes.stream import ws_client
+        from websocket import WebSocketBadStatusException, WebSocketException  # noqa: PLC0415
+
+        client: Any = ws_client  # whose functions bear no types
+        configuration = self._login[0].configuration
+        streams = [(name, "true") for name in ("stdin", "stdout", "stderr")]
+        asked = [*(("command", one) for one in command), ("container", container), *streams]
+        path = f"{_base('pods')}/namespaces/{self.namespace}/pods/{pod}/exec?{urlencode(asked)}"
+        headers = {key.lower(): value for key, value in self._token().items()}
+        headers["sec-websocket-protocol"] = STREAMS
+        try:
+            url = client.get_websocket_url(f"{configuration.host}{path}")
+            found: WebSocket = client.create_websocket(configuration, url, headers)
+        except WebSocketBadStatusException as error:
+            raise _error(error.status_code, error.resp_body or b"", "create pods/exec") from error
+        except (WebSocketException, OSError) as error:
+            msg = f"can't speak to {pod}: {error}"
+            raise RunnerError(msg) from error
+        found.settimeout(STALL)
+        return found
+
     def _ask(
         self,
         method: str,
@@ -155,13 +184,9 @@ class Session:
         from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
         api = self._login[0]
-        headers = {"Accept": "application/json", "User-Agent": "cml-runner"}
+        headers = {"Accept": "application/json", "User-Agent": "cml-runner", **self._token()}
         if body is not None:
             headers["Content-Type"] = PATCH if method == "PATCH" else "application/json"
-        with self._lock:  # a plugin may be asked for a new token
-            for one in api.configuration.auth_settings().values():
-                if one["in"] == "header" and one["value"]:
-                    headers[one["key"]] = one["value"]
         try:
             answer = api.rest_client.pool_manager.request(
                 method,
@@ -174,6 +199,13 @@ class Session:
         except HTTPError as error:
             raise OSError(str(error)) from error
         return answer.status, answer.data
+
+    def _token(self) -> dict[str, str]:
+        with self._lock:  # a plugin may be asked for a new one
+            found = self._found[0].configuration.auth_settings().values()
+            return {
+                one["key"]: one["value"] for one in found if one["in"] == "header" and one["value"]
+            }
 
     @property
     def _login(self) -> tuple[ApiClient, str]:

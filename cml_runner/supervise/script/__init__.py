@@ -59,7 +59,11 @@ class Supervisor:
 
     def run(self) -> Stop:
         """Live, and say why no more; what fails here is told to whoever asks for the task."""
-        if self.bucket.read(store.result(self.rank)) is not None:
+        self.bucket.outlive(self.history.store)
+        done = False
+        with self._noted():
+            done = self.bucket.read(store.result(self.rank)) is not None
+        if done:
             stop = Stop(reason="the script has ended already", then="leave")
             self._leave()
             return stop
@@ -103,7 +107,7 @@ class Supervisor:
         try:
             yield
         except RunnerError as error:
-            self.failure = error
+            self.failure = self.failure or error
 
     def _live(self) -> Stop:
         if self.failure:
