@@ -1,23 +1,32 @@
-"""A task's life on AWS, on machines that really boot: its data survive."""
+"""A task's life on machines that really boot, with no more rights than ours ask for."""
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cml_runner.wait import until
+from tests.lab.azure.region import AzureRegion
+from tests.lab.conftest import PREPARED
+from tests.lab.gcp.region import GoogleRegion
+from tests.lab.region import Region, missing
 from tests.lab.test_aws_scenes import only, wait
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
-
-    from tests.lab.region import Region
 
 pytestmark = pytest.mark.lab
 
-PLACE = ("--cloud", "aws", "--cloud-region", "us-west-2")
+PLACES: Mapping[str, tuple[type[Region], str]] = {
+    "aws": (Region, "us-west-2"),
+    "azure": (AzureRegion, "westus2"),
+    "gcp": (GoogleRegion, "us-west1"),
+}
 LAST = 60
 SCRIPT = f"""\
 #!/bin/bash
@@ -45,65 +54,118 @@ def workdir(tmp_path: Path) -> Path:
     return place
 
 
-def run(region: Region, workdir: Path, *more: str) -> str:
-    arguments = ("--region", "us-west-2", "--workdir", str(workdir), "--name", "count", "--detach")
-    script = ("--script", str(workdir / "script"))
-    done = region.cli("task", "run", "--cloud", "aws", *arguments, *script, *more)
-    assert done.returncode == 0, f"{done.stderr}\n{region.said()}"
-    return done.stdout.strip()
+@dataclass(frozen=True)
+class Stage:
+    """A region of one cloud."""
+
+    cloud: str
+    region: Any
+    name: str  # of the region
+
+    @property
+    def there(self) -> Any:
+        """The fake cloud."""
+        return getattr(self.region, self.cloud)
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        return ("--cloud", self.cloud, "--cloud-region", self.name)
+
+    def run(self, workdir: Path, *more: str) -> None:
+        where = ("--cloud", self.cloud, "--region", self.name, "--workdir", str(workdir))
+        script = ("--name", "count", "--detach", "--script", str(workdir / "script"))
+        done = self.region.cli("task", "run", *where, *script, *more)
+        assert done.returncode == 0, f"{done.stderr}\n{self.region.said()}"
+
+    def wait(self, condition: Any, what: str, timeout: float = 60) -> None:
+        wait(self.region, condition, what, timeout)
+
+    def log(self) -> str:
+        found: str = self.region.cli("task", "logs", "count", *self.place).stdout
+        return found
+
+    def begins(self) -> list[int]:
+        found = re.findall(r"begin at (\d+), epoch \d, as runner", self.log())
+        return [int(one) for one in found]
+
+    def interrupt(self) -> None:
+        """Announce that the machine will be taken away, and take it."""
+        name = only(self.region).instance.id
+        match self.cloud:
+            case "aws":
+                self.there.instances.interrupt(name, after=30)
+            case "azure":
+                self.there.fleet.evict(name, after=30)
+            case "gcp":
+                self.there.compute.preempt(name, after=30)
+
+    def cut(self) -> None:
+        """Take the machine away without a word."""
+        name = only(self.region).instance.id
+        match self.cloud:
+            case "aws":
+                self.there.instances.terminate(self.name, name, "Server.InternalError")
+            case "azure":
+                self.there.fleet.evict(name, after=0)
+            case "gcp":
+                self.there.compute.crash(name)
+
+    def costly(self) -> list[str]:
+        return [one for one in self.there.left() if not one.startswith("object")]
+
+    def check(self, workdir: Path) -> None:
+        """Wait for the end; see that all has come home, and that nothing is left."""
+        done = self.region.cli("task", "logs", "-f", "count", *self.place)
+        assert done.returncode == 0, f"{done.stderr}\n{done.stdout}\n{self.region.said()}"
+        assert done.stdout.splitlines()[-1] == "root"
+        self.wait(lambda: not self.costly(), f"all that costs much to go: {self.costly()}")
+        done = self.region.cli("task", "destroy", "count", *self.place)
+        assert done.returncode == 0, done.stderr
+        assert (workdir / "counter").read_text() == f"{LAST}\n"
+        lines = set((workdir / "large").read_text().split()[:-1])
+        assert lines == {str(LAST)}
+        assert self.there.objects() == {}
 
 
-def log(region: Region) -> str:
-    return region.cli("task", "logs", "count", *PLACE).stdout
+@pytest.fixture(params=PLACES)
+def stage(
+    request: pytest.FixtureRequest, tmp_path: Path, suite: str, forge: str
+) -> Iterator[Stage]:
+    if reason := missing(PREPARED):
+        pytest.skip(f"the lab {reason}")
+    kind, name = PLACES[request.param]
+    with kind(PREPARED, tmp_path, suite, forge) as region:
+        found = Stage(request.param, region, name)
+        done = region.cli("setup", found.cloud)
+        assert done.returncode == 0, done.stderr
+        role = json.loads(region.cli("permissions", found.cloud).stdout)
+        region.launcher = found.there.add_user(role)
+        yield found
 
 
-def begins(region: Region) -> list[int]:
-    return [int(one) for one in re.findall(r"begin at (\d+), epoch \d, as runner", log(region))]
+def test_interrupted_in_the_middle(stage: Stage, workdir: Path) -> None:
+    stage.run(workdir, "--spot", "0")
+    stage.wait(lambda: "now 5\n" in stage.log(), "it to count", 90)
+    stage.interrupt()
+    stage.wait(lambda: len(stage.begins()) == 2, "another machine to go on", 120)
+    assert "told at" in stage.log()
+    assert stage.begins()[1] >= 5
+    stage.check(workdir)
+    assert len(stage.region.machines) == 2
 
 
-def costly(region: Region) -> list[str]:
-    return [one for one in region.aws.left() if not one.startswith("object")]
-
-
-def check(region: Region, workdir: Path) -> None:
-    """Wait for its end; see that all has come home, and that nothing is left."""
-    done = region.cli("task", "logs", "-f", "count", *PLACE)
-    assert done.returncode == 0, f"{done.stderr}\n{done.stdout}\n{region.said()}"
-    assert done.stdout.splitlines()[-1] == "root"
-    wait(region, lambda: not costly(region), f"all that costs much to go: {costly(region)}")
-    done = region.cli("task", "destroy", "count", *PLACE)
+def test_a_machine_without_power_and_a_task_that_is_stopped(stage: Stage, workdir: Path) -> None:
+    stage.run(workdir)
+    stage.wait(lambda: "now 30\n" in stage.log(), "it to count", 90)
+    stage.cut()
+    stage.wait(lambda: len(stage.begins()) == 2, "another machine to go on", 120)
+    assert stage.begins()[1] > 0
+    done = stage.region.cli("task", "stop", "count", *stage.place)
     assert done.returncode == 0, done.stderr
-    assert (workdir / "counter").read_text() == f"{LAST}\n"
-    lines = set((workdir / "large").read_text().split()[:-1])
-    assert lines == {str(LAST)}
-    assert region.aws.objects() == {}
-
-
-def test_interrupted_in_the_middle(region: Region, workdir: Path) -> None:
-    run(region, workdir, "--spot", "0")
-    wait(region, lambda: "now 5\n" in log(region), "it to count", 60)
-    first = only(region).instance.id
-    region.aws.instances.interrupt(first, after=30)
-    wait(region, lambda: len(begins(region)) == 2, "another machine to go on", 90)
-    assert "told at" in log(region)
-    assert begins(region)[1] >= 5
-    check(region, workdir)
-    assert len(region.machines) == 2
-
-
-def test_a_machine_without_power_and_a_task_that_is_stopped(region: Region, workdir: Path) -> None:
-    run(region, workdir)
-    wait(region, lambda: "now 30\n" in log(region), "it to count", 90)
-    name = only(region).instance.id
-    region.aws.instances.terminate("us-west-2", name, "Server.InternalError")
-    wait(region, lambda: len(begins(region)) == 2, "another machine to go on", 120)
-    assert begins(region)[1] > 0
-    done = region.cli("task", "stop", "count", *PLACE)
+    until(lambda: not stage.region.alive(), "the machine to end", 30)
+    last = re.findall(r"told at (\d+)", stage.log())[-1]
+    done = stage.region.cli("task", "start", "count", *stage.place)
     assert done.returncode == 0, done.stderr
-    until(lambda: not region.alive(), "the machine to end", 30)
-    last = re.findall(r"told at (\d+)", log(region))[-1]
-    done = region.cli("task", "start", "count", *PLACE)
-    assert done.returncode == 0, done.stderr
-    wait(region, lambda: len(begins(region)) == 3, "a third machine to go on", 90)
-    assert begins(region)[2] in (int(last), int(last) - 1)
-    check(region, workdir)
+    stage.wait(lambda: len(stage.begins()) == 3, "a third machine to go on", 90)
+    assert stage.begins()[2] in (int(last), int(last) - 1)
+    stage.check(workdir)

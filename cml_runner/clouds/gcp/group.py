@@ -113,7 +113,8 @@ class Group:
         The end of a machine that runs can't be moved any more: it is told, and ends itself.
         """
         if at != self.bucket.task.expires or not self.site:
-            self._move(at)
+            with suppress(NotFound):  # a task may be there for its data alone
+                self._move(at)
         if not (self.told and at == self.expires):
             self.bucket.renew(at)
         self.told, self.expires = True, at

@@ -113,8 +113,14 @@ class Template:
         )
 
     def move(self, end: datetime | None) -> str:
-        """Create one which is like the newest but for its machines' end; return its name."""
-        newest = max(self.all(), key=lambda one: str(one.creation_timestamp))
+        """Create one which is like the newest but for its machines' end; return its name.
+
+        Raises NotFound.
+        """
+        newest = max(self.all(), key=lambda one: str(one.creation_timestamp), default=None)
+        if newest is None:
+            msg = f"{self.name} has no machines any more"
+            raise NotFound(msg)
         properties = type(newest.properties)(newest.properties)
         scheduling = properties.scheduling
         action = None if scheduling.provisioning_model == "STANDARD" else "DELETE"
