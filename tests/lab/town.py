@@ -17,6 +17,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cml_runner.clouds.kubernetes import Cloud
+from cml_runner.wait import until
 from tests.lab.cluster import Cluster
 from tests.lab.internet import Internet
 from tests.lab.region import FORGE, PACKAGES, index, proxy
@@ -84,6 +85,7 @@ class Country:
         role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "cml-runner"}
         binding = {"metadata": {"name": "launcher"}, "subjects": [launcher], "roleRef": role}
         ask("POST", f"{access}/rolebindings", binding)
+        until(lambda: self._is_ready(home), f"the account of pods in {name}", 60, 0.1)
         for number in range(VOLUMES):
             ask("POST", "/api/v1/persistentvolumes", self._volume(f"{name}-{number}"))
         try:
@@ -106,6 +108,11 @@ class Country:
                 "hostPath": {"path": str(path)},
             },
         }
+
+    def _is_ready(self, home: str) -> bool:
+        """Say if pods can be made there: a controller has to make their account first."""
+        accounts = self.cluster.kubectl("GET", f"{home}/serviceaccounts")["items"]
+        return any(one["metadata"]["name"] == "default" for one in accounts)
 
     def kubeconfig(self, namespace: str, path: Path) -> Path:
         """Write that of the launcher."""
