@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOOKS = (0.5, 1, 2, 4)  # seconds after one that found nothing
+
 
 def until(condition: Callable[[], T], what: str, timeout: float, every: float = 1) -> T:
     """Return the condition's value once it is true; raise NotReady after the timeout, in seconds.
@@ -26,3 +28,12 @@ def until(condition: Callable[[], T], what: str, timeout: float, every: float = 
             raise NotReady(msg)
         time.sleep(min(every, left))
     return value
+
+
+def patiently(look: Callable[[], T]) -> T:
+    """Return what a look finds; if that is nothing, look again a few times, for some seconds."""
+    for pause in LOOKS:
+        if found := look():
+            return found
+        time.sleep(pause)
+    return look()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cml_runner import bootstrap, inventory, steps
-from cml_runner.clouds.azure import Cloud, account, arm, leaving, machine, session
+from cml_runner import bootstrap, inventory, steps, wait
+from cml_runner.clouds.azure import Cloud, account, arm, machine, session
 from cml_runner.clouds.azure.account import Place
 from cml_runner.errors import (
     AlreadyExists,
@@ -841,7 +841,7 @@ def test_on_another_machine_nothing_is_left(azure_rig: AzureRig) -> None:
 
 def test_elsewhere_nothing_is_left(azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine.VARIABLE, "http://127.0.0.1:9")
-    monkeypatch.setattr(leaving, "LOOKS", (0,))
+    monkeypatch.setattr(wait, "LOOKS", (0,))
     plan = launch(azure_rig)
     Cloud("westus2").leave(plan.bucket.task.id, last=True)  # type: ignore[attr-defined]
     assert len(azure_rig.cloud.tasks()) == 1

@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys, leases
+from cml_runner import bootstrap, clouds, keys, leases, wait
 from cml_runner.clouds.aws import account, catalogue, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
@@ -112,7 +112,9 @@ class Cloud:
 
         It goes on trying: a machine that just powered itself off would be replaced.
         """
-        instance = machine.instance()
+        instance = wait.patiently(machine.instance)  # jobs may keep the service busy
+        if not instance:
+            log.warning("the metadata service doesn't say which machine this is")
         if not instance or not machine.belongs(account.TAG, str(identifier)):
             return
         plan = self._plan(Task(id=identifier), None)

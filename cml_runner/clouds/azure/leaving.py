@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cml_runner import leases
+from cml_runner import leases, wait
 from cml_runner.clouds.azure import autoscale, machine, resources
 from cml_runner.clouds.azure.account import Place
 from cml_runner.errors import NotFound, RunnerError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOKS = (1, 2, 5, 0)  # seconds after a look for who we are; jobs may keep the service busy
 PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
 
 
@@ -29,22 +28,15 @@ def leave(region: str, identifier: Identifier, *, last: bool) -> None:
 
     It goes on trying: a machine that just powered itself off would be paid for.
     """
-    me = _me()
+    me = wait.patiently(machine.compute)  # jobs may keep the service busy
+    if not me:
+        log.warning("the metadata service doesn't say which machine this is")
     if not me or me.get("vmScaleSetName", "").lower() != str(identifier):
         return
     leaving = Leaving(machine.Manager(me), Place(me["subscriptionId"], region), identifier)
     steps = leaving.everything() if last else leaving.alone()
     for step in steps:
         _insist(step)
-
-
-def _me() -> dict[str, Any]:
-    for pause in LOOKS:
-        if found := machine.compute():
-            return found
-        time.sleep(pause)
-    log.warning("the metadata service doesn't say which machine this is")
-    return {}
 
 
 class Leaving:

@@ -21,7 +21,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys, leases
+from cml_runner import bootstrap, clouds, keys, leases, wait
 from cml_runner.clouds.gcp import account, catalogue, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
@@ -114,7 +114,10 @@ class Cloud:
         The last one must outlive its group to do so: the group has to forget it first. It goes on
         trying: a machine that just powered itself off would be made anew.
         """
-        if not machine.instance() or not machine.belongs(str(identifier)):
+        instance = wait.patiently(machine.instance)  # jobs may keep the service busy
+        if not instance:
+            log.warning("the metadata service doesn't say which machine this is")
+        if not instance or not machine.belongs(str(identifier)):
             return
         departure = _insist(lambda: machine.Departure(str(identifier), self.region))
         if not last:
