@@ -54,12 +54,7 @@ exec >>{log}/init 2>&1
   exec containerd --config {etc}/containerd.toml) >{log}/containerd 2>&1 &
 {apiserver}
 until [ -s {etc}/kubeconfig ]; do sleep 0.1; done
-(exec {bin}/kube-controller-manager --kubeconfig {etc}/kubeconfig --leader-elect=false \\
-  --service-account-private-key-file {etc}/accounts.key --root-ca-file {etc}/apiserver.crt \\
-  --secure-port=0 --terminated-pod-gc-threshold=0 --node-monitor-grace-period=15s \\
-  --kube-api-qps=200 --kube-api-burst=400) >{log}/controllers 2>&1 &
-(exec {bin}/kube-scheduler --kubeconfig {etc}/kubeconfig --leader-elect=false \\
-  --secure-port=0) >{log}/scheduler 2>&1 &
+{controllers}
 until [ -S {etc}/containerd.sock ]; do sleep 0.1; done
 (exec {bin}/kubelet --config {etc}/kubelet.yaml --kubeconfig {etc}/kubeconfig \\
   --hostname-override {node} --node-ip {address} --root-dir {etc}/kubelet) >{log}/kubelet 2>&1 &
@@ -76,6 +71,16 @@ APISERVER = """\
   --audit-policy-file {etc}/audit.yaml --audit-log-path {log}/audit \
   --token-auth-file {etc}/tokens.csv) >>{log}/apiserver 2>&1 &
 echo $! >{etc}/apiserver.pid
+"""
+CONTROLLERS = """\
+(exec {bin}/kube-controller-manager --kubeconfig {etc}/kubeconfig --leader-elect=false \\
+  --service-account-private-key-file {etc}/accounts.key --root-ca-file {etc}/apiserver.crt \\
+  --secure-port=0 --terminated-pod-gc-threshold=0 --node-monitor-grace-period=15s \\
+  --kube-api-qps=200 --kube-api-burst=400) >>{log}/controllers 2>&1 &
+echo $! >{etc}/controllers.pid
+(exec {bin}/kube-scheduler --kubeconfig {etc}/kubeconfig --leader-elect=false \\
+  --secure-port=0) >>{log}/scheduler 2>&1 &
+echo $! >{etc}/scheduler.pid
 """
 AUDIT = """\
 apiVersion: audit.k8s.io/v1
@@ -243,12 +248,15 @@ class Cluster:
 
     def stop_server(self) -> None:
         """End the API server."""
-        self._run("kill", "-9", (self._etc / "apiserver.pid").read_text().strip())
+        self._end("apiserver")
 
     def start_server(self) -> None:
-        """Start it again."""
-        self._run("sh", "-c", self._apiserver)
+        """Start it again, and those who would look for it only once a minute by now."""
+        self._run("sh", "-c", self._start(APISERVER))
         until(self._ready, "the control plane", 60, 0.1)
+        self._end("controllers")
+        self._end("scheduler")
+        self._run("sh", "-c", self._start(CONTROLLERS))
 
     def processes(self, pod: str) -> list[psutil.Process]:
         """List the processes of our container in a pod, parents before their children.
@@ -268,9 +276,11 @@ class Cluster:
         """Find the directory that is an empty volume of a pod."""
         return self._etc / "kubelet" / "pods" / uid / "volumes" / "kubernetes.io~empty-dir" / name
 
-    @property
-    def _apiserver(self) -> str:
-        return APISERVER.format(bin=self._bin, etc=self._etc, log=self._etc / "log", **PLACE)
+    def _start(self, programs: str) -> str:
+        return programs.format(bin=self._bin, etc=self._etc, log=self._etc / "log", **PLACE)
+
+    def _end(self, program: str) -> None:
+        self._run("kill", "-9", (self._etc / f"{program}.pid").read_text().strip())
 
     def _inside(self, *command: str) -> list[str]:
         """Say how to start something in a namespace of processes and files of its own."""
@@ -291,7 +301,8 @@ class Cluster:
             (etc / name).mkdir(parents=True)
         words = {"bin": self._bin, "etc": etc, "log": etc / "log", **PLACE}
         words["authority"] = self.internet.authority
-        (etc / "start").write_text(START.format(apiserver=self._apiserver, **words))
+        words |= {"apiserver": self._start(APISERVER), "controllers": self._start(CONTROLLERS)}
+        (etc / "start").write_text(START.format(**words))
         (etc / "containerd.toml").write_text(CONTAINERD.format(**words))
         (etc / "kubelet.yaml").write_text(KUBELET.format(**words))
         (etc / "audit.yaml").write_text(AUDIT)
