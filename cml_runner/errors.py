@@ -38,9 +38,13 @@ class ConfigurationError(RunnerError):
 
 
 class CredentialsError(RunnerError):
-    """A cloud or a forge refused our credentials, or we found none."""
+    """A cloud or a forge refused our credentials, or we found none, which is `missing`."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class NotFound(RunnerError):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +27,11 @@ if TYPE_CHECKING:
 
     from cml_runner.access import Access
     from cml_runner.clouds import Cloud, Plan
-    from cml_runner.model import Runner
+    from cml_runner.forges import Forge
 
 log = logging.getLogger(__name__)
 
 FOLLOW = 0.5  # seconds between two looks at a log
-SILENCE = timedelta(days=1)  # after which nobody waits for a runner any more
 
 
 @dataclass(frozen=True)
@@ -249,13 +247,7 @@ def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> No
     failures: list[tuple[str, Exception]] = []
     for found in several:
         try:
-            if found.lease and found.lease.keeps:
-                end(found)
-                continue
-            runners = found.runners()
-            steps.delete(found.plan.resources)
-            if found.lease:
-                _unregister(found.lease, runners, access)
+            remove(found, access)
         except CleanupFailed as error:
             failures += error.failures
         except RunnerError as error:
@@ -264,67 +256,53 @@ def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> No
         raise CleanupFailed(failures)
 
 
-def end(found: Found) -> None:
+def remove(
+    found: Found,
+    access: Callable[[], Access | None],
+    permit: Callable[[], bool] = lambda: True,
+) -> None:
+    """End one task, as destroy does, as long as `permit` says so."""
+    if found.lease and found.lease.keeps:
+        end(found, permit)
+        return
+    runners, refused = found.runners(), []
+
+    def asked() -> bool:
+        refused.extend([] if permit() else [True])
+        return not refused
+
+    steps.delete(found.plan.resources, asked)
+    if found.lease and not refused:  # or its runners may be those of another launch
+        _unregister(found.lease, runners, access)
+
+
+def end(found: Found, permit: Callable[[], bool] = lambda: True) -> None:
     """End the machines of a task with data, and all that it has but the data."""
     plan = found.plan
-    steps.delete([one for one in plan.resources if one is not plan.bucket])
+    steps.delete([one for one in plan.resources if one is not plan.bucket], permit)
     with suppress(NotFound):
-        plan.group.expire(None)  # there is nothing left that costs much
-
-
-def expired(several: Sequence[Found], older_than: float) -> list[Found]:
-    """Pick the tasks which are past their deadline or, if not zero, older than so many seconds."""
-    now = _now()
-    oldest = now - timedelta(seconds=older_than)
-    return [
-        one
-        for one in several
-        if one.lease
-        and (
-            (one.lease.expires and one.lease.expires < now)
-            or (older_than and one.lease.created < oldest and not _only_data(one.lease))
-        )
-    ]
-
-
-def _only_data(lease: Lease) -> bool:
-    """Say if the machines of a task are gone already."""
-    return lease.keeps and lease.expires is None
-
-
-def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:
-    """Pick the registrations of ours whose runner is gone for good.
-
-    Ours are those which say so, or whose name no other program makes up. Of living tasks none is
-    taken, nor one that a launch elsewhere may have just made: it must have been silent for a day.
-    """
-    kept = {name for found in living for name in found.runners()}
-    oldest = _now() - SILENCE
-    return [
-        one
-        for one in runners
-        if not one.online
-        and one.name not in kept
-        and (one.ours or _is_ours(one.name))
-        and one.seen
-        and one.seen < oldest
-    ]
-
-
-def _is_ours(name: str) -> bool:
-    """Know a name that was made up by us, with what is added to it for more than one runner."""
-    for text in (name, re.sub(r"(-\d{1,3})?(-[0-9a-f]{4})?$", "", name)):
-        with suppress(ConfigurationError):
-            return Identifier.parse(text).prefix == "cml"
-    return False
+        if permit():
+            plan.group.expire(None)  # there is nothing left that costs much
 
 
 def _unregister(lease: Lease, names: set[str], access: Callable[[], Access | None]) -> None:
-    """Take what a task had registered off its forge, if we may speak to that forge."""
-    found = access()
-    if not found or found.url != lease.tags.get("repo"):
+    """Take what a task had registered off its forge, if we may speak to that forge.
+
+    Of other repositories there it may be that our credential isn't good for them.
+    """
+    given, repo = access(), lease.tags.get("repo", "")
+    found = given.beside(repo) if given and repo else None
+    if not given or not found:
         return
-    forge = found.forge()
+    try:
+        _take_off(found.forge(), names)
+    except (CredentialsError, NotFound) as error:
+        if repo == given.url:
+            raise
+        log.warning("%s may still be registered: %s", ", ".join(sorted(names)), error)
+
+
+def _take_off(forge: Forge, names: set[str]) -> None:
     for runner in forge.runners():
         if runner.name in names and not runner.online:
             log.info("removing %s from %s", runner.name, forge.url)

@@ -53,11 +53,16 @@ def create(resources: Sequence[Resource], claim: Resource | None = None) -> list
     return new
 
 
-def delete(resources: Sequence[Resource]) -> None:
+def _always() -> bool:
+    return True
+
+
+def delete(resources: Sequence[Resource], permit: Callable[[], bool] = _always) -> None:
     """Delete every resource that can be deleted, users before what they use.
 
     What is used by one that could not be deleted stays too: by it the rest will be found again.
-    Raises CleanupFailed, at the end, with all that could not be deleted.
+    Before each one is deleted `permit` is asked if it still has to be: what has its name may be
+    somebody else's by now. Raises CleanupFailed, at the end, with all that could not be deleted.
     """
     failures: list[tuple[str, Exception]] = []
     staying: list[Resource] = []
@@ -68,8 +73,10 @@ def delete(resources: Sequence[Resource]) -> None:
             log.info("keeping %s", resource.label)
             staying.append(resource)
             return
-        log.info("[%d/%d] deleting %s", next(number), len(resources), resource.label)
         try:
+            if not permit():
+                return
+            log.info("[%d/%d] deleting %s", next(number), len(resources), resource.label)
             resource.delete()
         except Exception as error:
             log.debug("deleting %s", resource.label, exc_info=True)

@@ -123,6 +123,9 @@ class Cloud(Protocol):
     def tasks(self) -> list[Lease]:
         """List the tasks which exist in this region, found by their tags."""
 
+    def now(self) -> datetime:
+        """Ask the cloud what time it is: deadlines are kept by its clock, ours may be wrong."""
+
     def setup(self) -> list[str]:
         """Make what all tasks of this account and region share; return the labels of what is new.
 

@@ -131,6 +131,11 @@ def test_data_outlive_the_machines(rig: Rig) -> None:
     assert bucket.keys("") == []
 
 
+def test_the_cloud_tells_the_time(rig: Rig) -> None:
+    difference = rig.cloud.now() - datetime.now(timezone.utc)
+    assert abs(difference) < timedelta(minutes=1)
+
+
 def test_the_plan_names_its_parts(rig: Rig) -> None:
     plan = rig.cloud.plan(rig.task())
     assert plan.resources[0] is plan.bucket

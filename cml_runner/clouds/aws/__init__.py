@@ -37,6 +37,7 @@ from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import datetime
 
     from cml_runner.model import Lease, Notice
 
@@ -77,6 +78,10 @@ class Cloud:
     def tasks(self) -> list[Lease]:
         """Read the leases."""
         return leases.listed(claims(self._session))
+
+    def now(self) -> datetime:
+        """Read the date of an answer."""
+        return self._session.now()
 
     def setup(self) -> list[str]:
         """Make role, instance profile, security group and bucket."""

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import times
 from cml_runner.errors import (
     AlreadyExists,
     CredentialsError,
@@ -98,6 +99,11 @@ class Session:
                 found = self.call("sts", "get_caller_identity")
                 self._account = Account(found["Account"], found["Arn"].split(":")[1])
             return self._account
+
+    def now(self) -> datetime:
+        """Ask AWS what time it is; that needs no permission."""
+        found = self.call("sts", "get_caller_identity")
+        return times.of_header(found["ResponseMetadata"]["HTTPHeaders"]["date"])
 
     def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
         """Make one call; the SDK tries again where that makes sense.
@@ -232,4 +238,4 @@ def _none() -> CredentialsError:
         "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
         " or, in a CI job, use the provider's OIDC login"
     )
-    return CredentialsError(msg)
+    return CredentialsError(msg, missing=True)

@@ -19,8 +19,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import clouds, leases, store
-from cml_runner.clouds.azure import account, catalogue, leaving, machine, virtual
+from cml_runner import clouds, leases, store, web
+from cml_runner.clouds.azure import account, arm, catalogue, leaving, machine, virtual
 from cml_runner.clouds.azure.account import Place
 from cml_runner.clouds.azure.group import Group
 from cml_runner.clouds.azure.resources import (
@@ -36,6 +36,7 @@ from cml_runner.model import Identifier, Task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import datetime
 
     from cml_runner.model import Lease, Notice
 
@@ -89,6 +90,10 @@ class Cloud:
             return []
         objects = store.Store(lease_url(place), self._session.credentials)
         return leases.listed(objects)
+
+    def now(self) -> datetime:
+        """Read the date of an answer, which may be a refusal."""
+        return web.clock(arm.endpoint())
 
     def setup(self) -> list[str]:
         """Make resource group, network, identity with its role, and storage."""

@@ -309,7 +309,7 @@ def _credential() -> TokenCredential:
     if _on_azure():
         return identity.ManagedIdentityCredential(client_id=client or None)
     msg = f"no credentials for Azure: {HELP}"
-    raise CredentialsError(msg)
+    raise CredentialsError(msg, missing=True)
 
 
 def _on_azure() -> bool:

@@ -21,7 +21,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys, leases, wait
+from cml_runner import bootstrap, clouds, keys, leases, wait, web
 from cml_runner.clouds.gcp import account, catalogue, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
@@ -78,6 +78,10 @@ class Cloud:
             credentials=self._session.credentials,
         )
         return leases.listed(objects)
+
+    def now(self) -> datetime:
+        """Read the date of an answer, which may be a refusal."""
+        return web.clock("https://storage.googleapis.com/")
 
     def setup(self) -> list[str]:
         """Make service account, role, firewall rule and bucket."""

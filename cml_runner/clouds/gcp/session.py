@@ -270,7 +270,7 @@ def _credentials() -> tuple[Any, str]:
             " contents, or run gcloud auth application-default login; in a CI job, use the"
             " provider's OIDC login with workload identity federation"
         )
-        raise CredentialsError(msg)
+        raise CredentialsError(msg, missing=True)
     if hasattr(found, "with_always_use_jwt_access"):  # a key signs its tokens by itself
         found = found.with_always_use_jwt_access(True)
     return found, project or ""

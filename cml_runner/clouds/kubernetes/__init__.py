@@ -30,6 +30,7 @@ from cml_runner.store import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import datetime
 
     from cml_runner.model import Identifier, Lease, Notice, Program
     from cml_runner.store import Store
@@ -99,6 +100,10 @@ class Cloud:
                     found.append(lease(one))
                     tidy(self._session, one)
         return found
+
+    def now(self) -> datetime:
+        """Read the date of an answer of the API server."""
+        return self._session.now()
 
     def setup(self) -> list[str]:
         """Make nothing, since the tasks share nothing; see if we may do what has to be done."""

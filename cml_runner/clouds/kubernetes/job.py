@@ -272,6 +272,7 @@ def lease(found: Mapping[str, Any]) -> Lease:
         expires=expires,
         tags=json.loads(notes.get(TAGS, "{}")),
         keeps=launched and keeps(found),
+        launched=launched,
     )
 
 

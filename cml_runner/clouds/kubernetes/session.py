@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from cml_runner import times
 from cml_runner.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -32,6 +33,7 @@ from cml_runner.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     from kubernetes.client import ApiClient
     from websocket import WebSocket
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 CONTENTS = ("KUBECONFIG_DATA", "KUBERNETES_CONFIGURATION")  # of a kubeconfig; TPI's was the second
 NAMESPACE = "CML_RUNNER_CLOUD_KUBERNETES_NAMESPACE"
 OURS = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # of a pod in the cluster
+KUBECONFIG = Path("~/.kube/config")  # unless the variable names another one
 PATIENCE = 60  # seconds for an API server that doesn't answer …
 PAUSES = (0.2, 0.5, 1, 2, 4)  # … between two attempts; the last one for ever
 STREAMS = "v5.channel.k8s.io"  # the first version in which an input can end
@@ -101,6 +104,22 @@ class Session:
             more = page["metadata"].get("continue", "")
             if not more:
                 return found
+
+    def now(self) -> datetime:
+        """Ask the API server what time it is; every answer says so. Raises RunnerError."""
+        from urllib3 import Timeout  # noqa: PLC0415
+        from urllib3.exceptions import HTTPError  # noqa: PLC0415
+
+        api = self._login[0]
+        url, patience = f"{api.configuration.host}/version", Timeout(connect=CONNECT, read=READ)
+        try:
+            answer = api.rest_client.pool_manager.request(
+                "GET", url, headers=self._token(), timeout=patience, retries=False
+            )
+            return times.of_header(answer.headers["Date"])
+        except (HTTPError, KeyError, ValueError) as error:
+            msg = f"the cluster doesn't say what time it is: {error}"
+            raise RunnerError(msg) from error
 
     def may(self, group: str, resource: str, verb: str) -> bool:
         """Ask if we are allowed to do something in the namespace."""
@@ -237,11 +256,12 @@ class Session:
                 own = connect.list_kube_config_contexts(file)[1]["context"].get("namespace", "")
         except (ConfigException, OSError, KeyError, TypeError, ValueError) as error:
             msg = f"no access to a Kubernetes cluster: {error}. To get it, {HELP}"
-            raise CredentialsError(msg) from error
+            given = text or os.environ.get("KUBECONFIG") or KUBECONFIG.expanduser().exists()
+            raise CredentialsError(msg, missing=not given) from error
         return api, (self._namespace or own or "default").strip()
 
     def _in_cluster(self) -> bool:
-        given = os.environ.get("KUBECONFIG") or Path("~/.kube/config").expanduser().exists()
+        given = os.environ.get("KUBECONFIG") or KUBECONFIG.expanduser().exists()
         return not given and "KUBERNETES_SERVICE_HOST" in os.environ and OURS.exists()
 
 

@@ -40,6 +40,7 @@ from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     from cml_runner.model import Task
 
@@ -97,6 +98,10 @@ class Cloud:
                     with suppress(RunnerError):  # it is listed all the same
                         wake(directory)
         return found
+
+    def now(self) -> datetime:
+        """Look at this computer's clock, which is the cloud's."""
+        return files.now()
 
     def setup(self) -> list[str]:
         """Make nothing: the tasks share nothing."""
@@ -170,4 +175,5 @@ def _lease(identifier: Identifier, claim: records.Claim) -> Lease:
         expires=expires,
         tags=claim.tags,
         keeps=claim.keeps and claim.launched,
+        launched=claim.launched,
     )

@@ -19,7 +19,9 @@ import logging
 import os
 import secrets
 import threading
+import time
 from contextlib import suppress
+from email.utils import formatdate
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +227,11 @@ class AWS:
 
             def log(self, *_: object) -> None:
                 """Keep quiet."""
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                """Write the Date of an answer, by the fake's own clock."""
+                at = time.time() if timestamp is None else timestamp
+                return formatdate(at + getattr(app, "ahead", 0), usegmt=True)
 
         logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
         server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Handler)

@@ -80,6 +80,7 @@ class Front:
     aws: AWS
     moto: Callable[..., Any]
     latency: float = 0  # seconds that every call takes longer
+    ahead: float = 0  # seconds by which its clock is before ours
     watch: Callable[[Call], None] = lambda _: None  # is told of every call before it is served
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -105,7 +106,7 @@ class Front:
         self.calls.append(Entry(call.service, call.action, who, began, time.monotonic(), problem))
         if problem == LOST:
             raise ConnectionError(LOST)
-        headers = [one for one in headers if one[0].lower() != "content-length"]
+        headers = [one for one in headers if one[0].lower() not in ("content-length", "date")]
         length = str(len(content)) if environ["REQUEST_METHOD"] != "HEAD" else "0"
         start(status, [*headers, ("Content-Length", length)])
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else content]
