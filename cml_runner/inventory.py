@@ -24,6 +24,7 @@ from cml_runner.model import Identifier, Instance, Lease, Status, Task, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from cml_runner.access import Access
     from cml_runner.clouds import Cloud, Plan
@@ -232,10 +233,27 @@ def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
 
 def interrupt(found: Found, instance: str, after: float) -> None:
     """Take a machine away as the cloud would, `after` so many seconds."""
+    _group(found).interrupt(instance, after)
+
+
+def evict(found: Found, instance: str) -> None:
+    """Have the cloud itself take a spot machine away, when it likes."""
+    _group(found).evict(instance)
+
+
+def shell(
+    found: Found, instance: str, command: Sequence[str]
+) -> AbstractContextManager[clouds.Shell]:
+    """Open a way into a machine, the first that runs unless one is named, and close it."""
+    return _group(found).shell(instance, command)
+
+
+def _group(found: Found) -> clouds.Group:
+    """Return what holds its machines. Raises NotFound if it is over."""
     if not found.lease:
         msg = f"{found.id} is over"
         raise NotFound(msg)
-    found.plan.group.interrupt(instance, after)
+    return found.plan.group
 
 
 def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> None:

@@ -80,18 +80,36 @@ def logs_(identifier: str, cloud: str, cloud_region: str, output: str, *, follow
 @options.option(
     "--after", default="120", metavar="DURATION", help="Time between the notice and the end."
 )
+@options.option(
+    "--real",
+    is_flag=True,
+    help="Have the cloud's own simulation do it, in earnest, when it likes.",
+)
 @options.place
 @options.common
 def interrupt_(
-    identifier: str, instance: str, after: str, cloud: str, cloud_region: str, output: str
+    identifier: str,
+    instance: str,
+    after: str,
+    cloud: str,
+    cloud_region: str,
+    output: str,
+    *,
+    real: bool,
 ) -> None:
     """Take a spot machine away as its cloud would, to see what happens then."""
     from cml_runner import inventory
 
     found = inventory.find(identifier, cloud, cloud_region)
-    inventory.interrupt(found, instance, times.seconds(after))
+    if real:
+        inventory.evict(found, instance)
+    else:
+        inventory.interrupt(found, instance, times.seconds(after))
     if output == "json":
-        options.echo_json({"id": str(found.id), "after": times.seconds(after)})
+        left = None if real else times.seconds(after)
+        options.echo_json({"id": str(found.id), "after": left})
+    elif real:
+        click.echo(f"{found.id}: the cloud will take a machine away", err=True)
     else:
         click.echo(f"{found.id}: a machine has {times.text(times.seconds(after))} left", err=True)
 

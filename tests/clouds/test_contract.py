@@ -216,11 +216,42 @@ def test_an_interrupted_machine_has_notice_is_gone_in_time_and_comes_back(rig: R
     assert "interruption" in {event.kind for event in plan.group.events()}
 
 
-def test_only_a_machine_that_is_there_can_be_interrupted(rig: Rig) -> None:
+def test_a_spot_machine_is_taken_away_in_earnest_or_it_is_said_why_not(rig: Rig) -> None:
+    plan = rig.launch(1)
+    (machine,) = rig.running(plan)
+    refused = ""
+    try:
+        plan.group.evict(machine)
+    except ConfigurationError as error:
+        refused = str(error)
+    if refused:
+        assert machine in refused
+        assert rig.notice(plan, machine) is None
+    else:
+        assert until(lambda: machine not in instances(plan) or rig.notice(plan, machine))
+
+
+def test_only_a_machine_that_is_there_can_be_interrupted_or_entered(rig: Rig) -> None:
     plan = rig.launch(0)
     for name in ("", "no such machine"):
         with pytest.raises(NotFound):
             plan.group.interrupt(name, 0)
+        with pytest.raises(NotFound):
+            plan.group.evict(name)
+        with pytest.raises(NotFound), plan.group.shell(name, ()):
+            pass
+
+
+def test_a_machine_is_entered_or_it_is_said_how_else(rig: Rig) -> None:
+    plan = rig.launch(1)
+    refused, code = "", None
+    try:
+        with plan.group.shell("", ("true",)) as shell:
+            code = shell.run()
+    except ConfigurationError as error:
+        refused = str(error)
+    told = "gcloud compute ssh" in refused or "az vm run-command" in refused
+    assert told if refused else code == 0
 
 
 def test_the_deadline_ends_everything(rig: Rig) -> None:

@@ -128,6 +128,11 @@ class Session:
             pages = self._client(service).get_paginator(operation).paginate(**arguments)
             return [one for page in pages for one in page[key]]
 
+    def endpoint(self, service: str) -> str:
+        """Say where a service is."""
+        with translated(service):
+            return str(self._client(service).meta.endpoint_url)
+
     def credentials(self) -> dict[str, Any]:
         """Return what signs requests to S3, in obstore's terms; it asks again when they expire."""
         with translated("s3"):

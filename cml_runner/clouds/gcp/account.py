@@ -78,6 +78,7 @@ LAUNCHER_PERMISSIONS = (
     "compute.instances.setMetadata",
     "compute.instances.setServiceAccount",
     "compute.instances.setTags",
+    "compute.instances.simulateMaintenanceEvent",  # interrupt --real
     "compute.machineTypes.list",
     "compute.networks.updatePolicy",  # --cloud-ssh-private
     "compute.regionOperations.get",

@@ -130,8 +130,12 @@ class Session:
         found = json.loads(self._send_again("POST", path, body, "ask for permissions"))
         return bool(found["status"]["allowed"])
 
-    def run(self, pod: str, container: str, command: Sequence[str]) -> WebSocket:
+    def run(
+        self, pod: str, container: str, command: Sequence[str], *, terminal: bool = False
+    ) -> WebSocket:
         """Start a command in a pod; its streams are channels of one connection.
+
+        With a terminal there is one stream for all that it says.
 
         Raises NotFound, CredentialsError, or RunnerError.
         """
@@ -140,7 +144,8 @@ class Session:
 
         client: Any = ws_client  # whose functions bear no types
         configuration = self._login[0].configuration
-        streams = [(name, "true") for name in ("stdin", "stdout", "stderr")]
+        names = ("stdin", "stdout", "tty" if terminal else "stderr")
+        streams = [(name, "true") for name in names]
         asked = [*(("command", one) for one in command), ("container", container), *streams]
         path = f"{_base('pods')}/namespaces/{self.namespace}/pods/{pod}/exec?{urlencode(asked)}"
         headers = {key.lower(): value for key, value in self._token().items()}

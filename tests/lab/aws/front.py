@@ -27,6 +27,7 @@ PARAMETERS = {
     UBUNTU.format("arm64"): "ami-0aaaaaaaaaaaaaaa2",
     NVIDIA.format("x86_64"): "ami-0aaaaaaaaaaaaaaa4",
 }
+JSON = "application/x-amz-json-1.1"
 LOST = "lost"  # the code of a fault: the call is carried out, but its answer never comes
 
 
@@ -142,8 +143,10 @@ class Front:
         elif call.action == "PutBucketPolicy":  # moto would apply it without its conditions
             self.aws.bucket_policies[call.bucket] = json.loads(body)
             found = "204 No Content", xml, b""
-        elif call.service == "ssm" and call.action == "GetParameter":
-            found = "200 OK", [("Content-Type", "application/x-amz-json-1.1")], _parameter(body)
+        elif call.service == "ssm":
+            parameter = call.action == "GetParameter"
+            content = _parameter(body) if parameter else self.aws.sessions.serve(call)
+            found = "200 OK", [("Content-Type", JSON)], content
         else:
             self._refuse(call)
             found = self._ask_moto(environ, body)
@@ -214,6 +217,8 @@ class Front:
             yield from self._groups(call, action)
         elif call.service == "ec2":
             yield from self._ec2(call, action)
+        elif call.service == "ssm" and call.action != "GetParameter":
+            yield from self.aws.sessions.requests(call)
         elif call.service == "ssm":
             name = json.loads(call.body)["Name"]
             yield Request(action, f"arn:aws:ssm:{call.region}::parameter{name}")

@@ -122,6 +122,13 @@ def arguments(call: Call) -> dict[str, Any]:
     return found or {}
 
 
+def checked(call: Call) -> dict[str, Any]:
+    """Read a request of a JSON protocol. Raises ApiError if it isn't as described."""
+    found: dict[str, Any] = json.loads(call.body)
+    _check(found, _model(call.service).operation_model(call.action).input_shape, "the request")
+    return found
+
+
 def answer(service: str, action: str, result: dict[str, Any]) -> bytes:
     """Write an answer of the query protocol, or of EC2's dialect. It must be as described."""
     operation = _model(service).operation_model(action)

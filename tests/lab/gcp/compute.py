@@ -23,6 +23,7 @@ PROJECT = "acme-ci"
 BASE = "https://www.googleapis.com/compute/v1/projects"
 TURN = 0.05  # seconds between two looks at all groups
 MOMENT = 0.02  # seconds that an operation takes
+NOTICE = 0.5  # seconds that a machine has left when its preemption is simulated
 AGAIN = 0.5  # seconds before a group that could start nothing tries again
 ZONES = {
     "us-west1": "abc", "us-east1": "bcd", "europe-west1": "bcd", "europe-north1": "abc",
@@ -363,6 +364,13 @@ class Compute:
         text = self._instance(where).console
         return {"kind": "compute#serialPortOutput", "contents": text, "start": "0", "next": "0"}
 
+    def instances_simulateMaintenanceEvent(
+        self, where: dict[str, str], query: dict[str, str], **_: Any
+    ) -> Any:
+        one = self._instance(where)
+        self.preempt(one.id, NOTICE)
+        return self._operation("simulateMaintenanceEvent", self._where(one), query, one.id)
+
     def instances_delete(self, where: dict[str, str], query: dict[str, str], **_: Any) -> Any:
         one = self._instance(where)
         self.remove(one.id)
@@ -567,6 +575,7 @@ class Compute:
             "creationTimestamp": _text(one.created),
             "networkInterfaces": [card],
             "labels": one.labels,
+            "scheduling": {"provisioningModel": "SPOT" if one.spot else "STANDARD"},
             "metadata": {"fingerprint": _fingerprint(one), "items": items},
         }
 

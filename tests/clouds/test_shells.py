@@ -1,0 +1,173 @@
+"""Ways into machines: what they need and leave behind, and what is told where there is none."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cml_runner.errors import ConfigurationError, CredentialsError, MissingDependency, RunnerError
+from tests.clouds.conftest import directory, until
+
+if TYPE_CHECKING:
+    from tests.clouds.aws_rig import AwsRig
+    from tests.clouds.azure_rig import AzureRig
+    from tests.clouds.conftest import LocalRig
+    from tests.clouds.gcp_rig import GcpRig
+    from tests.conftest import Cli
+
+ON_AWS = ("--cloud", "aws", "--cloud-region", "us-west")
+
+
+# AWS
+
+
+def test_a_command_on_an_instance(aws_rig: AwsRig, cli: Cli) -> None:
+    plan = aws_rig.launch(2)
+    first, second = sorted(aws_rig.running(plan))
+    name, environment = plan.group.name, aws_rig.aws.environment()  # type: ignore[attr-defined]
+    arguments = ("ssh", name, *ON_AWS, "--instance", second, "--", "echo", "a b", "$HOME")
+    done = cli.run(*arguments, environment=environment)
+    assert done.out == f"entered {second} us-west-2\na b $HOME\n"
+    assert aws_rig.aws.sessions.begun == 1
+    assert aws_rig.aws.sessions.open == {}
+    done = cli.run("ssh", name, *ON_AWS, environment=environment)
+    assert done.out in (f"entered {one} us-west-2\n" for one in (first, second))
+
+
+def test_the_least_policy_lets_one_in(aws_rig: AwsRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = aws_rig.launch(1)
+    keys = aws_rig.aws.add_user(dict(aws_rig.cloud.permissions()))
+    for name, value in aws_rig.aws.environment(keys).items():
+        monkeypatch.setenv(name, value)
+    fresh = type(aws_rig.cloud)("us-west").plan(plan.bucket.task)  # type: ignore[attr-defined]
+    with fresh.group.shell("", ("true",)) as shell:
+        assert len(aws_rig.aws.sessions.open) == 1
+        assert shell.run() == 0
+    assert aws_rig.aws.sessions.open == {}
+
+
+def test_who_may_not_begin_a_session(aws_rig: AwsRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = aws_rig.launch(1)
+    policy = dict(aws_rig.cloud.permissions())
+    policy["Statement"] = [one for one in policy["Statement"] if "Shell" not in one["Sid"]]
+    for name, value in aws_rig.aws.environment(aws_rig.aws.add_user(policy)).items():
+        monkeypatch.setenv(name, value)
+    fresh = type(aws_rig.cloud)("us-west").plan(plan.bucket.task)  # type: ignore[attr-defined]
+    with pytest.raises(CredentialsError, match="ssm:StartSession"), fresh.group.shell("", ()):
+        pass
+
+
+def test_an_instance_whose_role_is_of_the_past(aws_rig: AwsRig) -> None:
+    plan = aws_rig.launch(1)
+    aws_rig.aws.fail("ssm:StartSession", "TargetNotConnected")
+    with pytest.raises(RunnerError, match="cml-runner setup aws"), plan.group.shell("", ()):
+        pass
+
+
+def test_the_plugin_is_missing_or_too_old(aws_rig: AwsRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = aws_rig.launch(1)
+    monkeypatch.setenv("PLUGIN_VERSION", "1.2.497.0")
+    with pytest.raises(MissingDependency, match="too old"), plan.group.shell("", ()):
+        pass
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(MissingDependency, match="install"), plan.group.shell("", ()):
+        pass
+    assert aws_rig.aws.sessions.begun == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_session_is_ended_when_we_are(aws_rig: AwsRig, cli: Cli, number: signal.Signals) -> None:
+    plan = aws_rig.launch(1)
+    name = plan.group.name  # type: ignore[attr-defined]
+    arguments = ("ssh", name, *ON_AWS, "--", "sleep", "30")
+    process = cli.start(*arguments, environment=aws_rig.aws.environment())
+    assert process.stdout
+    assert process.stdout.readline().startswith("entered")
+    process.send_signal(number)
+    process.wait(timeout=20)
+    assert process.returncode == 128 + number
+    assert aws_rig.aws.sessions.open == {}
+
+
+# The embedded cloud
+
+
+def test_a_shell_is_a_part_of_its_machine(local_rig: LocalRig, cli: Cli) -> None:
+    plan = local_rig.launch(1)
+    local_rig.up(plan, "0.1")
+    name = directory(plan).name
+    secret = {"GITHUB_TOKEN": "ghp_secret"}
+    done = cli.run(
+        "ssh", name, "--", "/bin/sh", "-c", "pwd; env; exit 7", environment=secret, code=7
+    )
+    place = directory(plan) / "machines" / "0.1"
+    assert done.out.startswith(f"{place}\n")
+    assert f"LOCAL_CLOUD_MACHINE={place}" in done.out
+    assert "ghp_secret" not in done.out
+    process = cli.start("ssh", name, "--", "sleep", "61")
+    until(lambda: any("61" in one.cmdline() for one in local_rig.processes()))
+    local_rig.die(plan, "0.1")
+    process.wait(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL, "it ended with its machine"
+
+
+def test_ctrl_c_is_for_the_shell(local_rig: LocalRig) -> None:
+    plan = local_rig.launch(1)
+    local_rig.up(plan, "0.1")
+    script = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 0.1; done"
+    arguments = ("ssh", directory(plan).name, "--", "/bin/sh", "-c", script)
+    code, out = on_a_terminal([sys.executable, "-m", "cml_runner", *arguments], "ready", "\x03")
+    assert (code, "caught" in out) == (3, True)
+
+
+def on_a_terminal(command: list[str], mark: str, keys: str) -> tuple[int, str]:
+    """Run a program on a terminal of its own; type once it has said something."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execvpe(command[0], command, os.environ)
+    out, typed = "", False
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:
+            piece = b""
+        if not piece:
+            break
+        out += piece.decode(errors="replace")
+        if mark in out and not typed:
+            os.write(terminal, keys.encode())
+            typed = True
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out
+
+
+# Where we don't open anything
+
+
+def test_what_google_says_is_told(gcp_rig: GcpRig) -> None:
+    plan = gcp_rig.launch(1)
+    with pytest.raises(ConfigurationError) as caught, plan.group.shell("", ("ls", "a b")):
+        pass
+    assert "--tunnel-through-iap --command 'ls '\"'\"'a b'\"'\"''" in str(caught.value)
+    assert "firewall-rules delete" in str(caught.value)
+
+
+def test_what_azure_says_is_told(azure_rig: AzureRig) -> None:
+    plan = azure_rig.launch(1)
+    (machine,) = azure_rig.running(plan)
+    with pytest.raises(ConfigurationError) as caught, plan.group.shell(machine, ("ls",)):
+        pass
+    assert f"--name {machine} --command-id RunShellScript --scripts ls" in str(caught.value)
+
+
+def test_only_spot_machines_are_evicted(gcp_rig: GcpRig) -> None:
+    task = gcp_rig.task()
+    plan = gcp_rig.launch(1, replace(task, machine=replace(task.machine, spot=False)))
+    with pytest.raises(ConfigurationError, match="no spot machine"):
+        plan.group.evict("")
