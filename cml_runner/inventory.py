@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLLOW = 0.5  # seconds between two looks at a log
+PATIENCE = 10  # failures in a row, with growing pauses, before following is given up
 
 
 @dataclass(frozen=True)
@@ -211,24 +212,39 @@ def details(found: Found) -> dict[str, Any]:
 def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
     """Yield what each machine has logged: its rank, and some whole lines.
 
-    With `follow` it goes on until the task is over. Of machines that have not got so far, or never
-    did, what they have written to the console is all that there is.
+    With `follow` it goes on until the task is over, through respawns and moments in which the
+    cloud can't be reached. Of machines that have not got so far, or never did, what they have
+    written to the console is all that there is.
     """
-    read: dict[int, int] = {}
+    read: dict[int, str] = {}
+    failures = 0
     while True:
-        there = follow and any(one.id == found.id for one in found.place.cloud.tasks())
-        for rank in found.bucket.ranks():
-            text = found.bucket.log(rank)
-            new = text[read.get(rank, 0) :]
-            whole = new if not there else new[: new.rfind("\n") + 1]
-            if whole:
-                read[rank] = read.get(rank, 0) + len(whole)
-                yield rank, whole
+        try:
+            there = follow and any(one.id == found.id for one in found.place.cloud.tasks())
+            texts = {rank: found.bucket.log(rank) for rank in found.bucket.ranks()}
+        except RunnerError as error:
+            failures += 1
+            if not follow or isinstance(error, CredentialsError) or failures > PATIENCE:
+                raise
+            log.debug("can't read the log: %s", error)
+            time.sleep(FOLLOW * failures)
+            continue
+        failures = 0
+        for rank, text in texts.items():
+            if new := _news(text, read.get(rank, ""), whole=there):
+                read[rank] = text[: text.rindex(new) + len(new)]
+                yield rank, new
         if not there:
             if not read and found.lease and (text := found.plan.group.console()):
                 yield 0, text  # its supervisor hasn't begun to speak
             return
         time.sleep(FOLLOW)
+
+
+def _news(text: str, before: str, *, whole: bool) -> str:
+    """Say what is new in a log; where nothing remembers a machine, its successor's begins anew."""
+    new = text[len(before) :] if text.startswith(before) else text
+    return new[: new.rfind("\n") + 1] if whole else new
 
 
 def interrupt(found: Found, instance: str, after: float) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import signal
+import struct
+import subprocess
 import sys
+import termios
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,8 +17,11 @@ import pytest
 
 from cml_runner.errors import ConfigurationError, CredentialsError, MissingDependency, RunnerError
 from tests.clouds.conftest import directory, until
+from tests.lab.pods import Pods
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.clouds.aws_rig import AwsRig
     from tests.clouds.azure_rig import AzureRig
     from tests.clouds.conftest import LocalRig
@@ -111,7 +118,7 @@ def test_a_shell_is_a_part_of_its_machine(local_rig: LocalRig, cli: Cli) -> None
     assert f"LOCAL_CLOUD_MACHINE={place}" in done.out
     assert "ghp_secret" not in done.out
     process = cli.start("ssh", name, "--", "sleep", "61")
-    until(lambda: any("61" in one.cmdline() for one in local_rig.processes()))
+    until(lambda: ["sleep", "61"] in [one.cmdline() for one in local_rig.processes()])
     local_rig.die(plan, "0.1")
     process.wait(timeout=30)
     assert process.returncode == 128 + signal.SIGKILL, "it ended with its machine"
@@ -129,6 +136,7 @@ def test_ctrl_c_is_for_the_shell(local_rig: LocalRig) -> None:
 def on_a_terminal(command: list[str], mark: str, keys: str) -> tuple[int, str]:
     """Run a program on a terminal of its own; type once it has said something."""
     pid, terminal = pty.fork()
+    fcntl.ioctl(terminal if pid else 0, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
     if not pid:
         os.execvpe(command[0], command, os.environ)
     out, typed = "", False
@@ -171,3 +179,52 @@ def test_only_spot_machines_are_evicted(gcp_rig: GcpRig) -> None:
     plan = gcp_rig.launch(1, replace(task, machine=replace(task.machine, spot=False)))
     with pytest.raises(ConfigurationError, match="no spot machine"):
         plan.group.evict("")
+
+
+# Kubernetes
+
+IN_A_POD = """
+import sys
+from cml_runner.clouds.kubernetes.session import Session
+from cml_runner.clouds.kubernetes.shell import Shell
+sys.exit(Shell(Session(), "a-pod", sys.argv[1:]).run())
+"""
+
+
+@pytest.fixture
+def pods(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pods]:
+    with Pods() as found:
+        monkeypatch.setenv("KUBECONFIG_DATA", found.config)
+        yield found
+
+
+def test_a_terminal_in_a_pod(pods: Pods) -> None:
+    script = "trap 'echo caught; stty size; exit 3' INT; test -t 0 && echo ready; cat"
+    command = [sys.executable, "-c", IN_A_POD, "/bin/sh", "-c", script]
+    code, out = on_a_terminal(command, "ready", "typed\r\x03")
+    assert code == 3
+    assert "caught" in out, "Ctrl-C goes to the pod"
+    assert "33 77" in out, "its terminal is as large as ours"
+    (asked,) = pods.asked
+    assert asked["tty"] == ["true"]
+    assert "stderr" not in asked
+
+
+def test_a_pipe_through_a_pod(pods: Pods) -> None:
+    command = [sys.executable, "-c", IN_A_POD, "/bin/sh", "-c", "wc -c; echo oh >&2; exit 5"]
+    done = subprocess.run(command, input=b"x" * 1_000_000, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (5, b"1000000", b"oh\n")
+    assert "tty" not in pods.asked[0]
+
+
+def test_a_shell_that_breaks_off(pods: Pods) -> None:
+    """Its connection is lost, and with it what it would have said at its end."""
+    code = "import os, signal; print('here', flush=True); signal.pause()"
+    command = [sys.executable, "-c", IN_A_POD, sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "here\n"
+    pods.cut()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "broke off" in err or "is broken" in err

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 STDIN, STDOUT, STDERR, RESULT, SIZE, CLOSE = 0, 1, 2, 3, 4, 255  # channels
 BINARY, END = 2, 8  # kinds of frames
 FRAME = 256 * 1024  # bytes to send at a time
+QUIET = 30  # seconds after which a shell is asked if it is still there, as proxies do, too
 LONGEST = 2000  # characters of what a command says of its troubles
 CODE = re.compile(r"exit code (\d+)")
 
@@ -38,6 +39,8 @@ class Running:
     ) -> None:
         self._patient = patient
         self._socket: Any = session.run(pod, container, command, terminal=terminal)
+        if patient:
+            self._socket.settimeout(QUIET)
         self._rest, self.said, self._result = b"", "", b""
         self._over = False
 
