@@ -41,7 +41,10 @@ def permissions_(cloud: str, cloud_region: str, output: str) -> None:
 
     documents = [_load(cloud, region).permissions() for region in _regions(cloud_region)]
     for document in documents:
-        click.echo(json.dumps(document, indent=2))
+        if output == "json":
+            options.echo_json(document)
+        else:
+            click.echo(json.dumps(document, indent=2))
 
 
 def _regions(text: str) -> list[str]:

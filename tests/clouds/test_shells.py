@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cml_runner.errors import ConfigurationError, CredentialsError, MissingDependency, RunnerError
-from tests.clouds.conftest import directory, until
+from tests.clouds.conftest import directory
 from tests.lab.pods import Pods
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ def test_a_shell_is_a_part_of_its_machine(local_rig: LocalRig, cli: Cli) -> None
     assert done.out.startswith(f"{place}\n")
     assert f"LOCAL_CLOUD_MACHINE={place}" in done.out
     assert "ghp_secret" not in done.out
-    process = cli.start("ssh", name, "--", "sleep", "61")
-    until(lambda: ["sleep", "61"] in [one.cmdline() for one in local_rig.processes()])
+    process = cli.start("ssh", name, "--", "/bin/sh", "-c", "echo here; exec sleep 60")
+    assert process.stdout
+    assert process.stdout.readline() == "here\n"
     local_rig.die(plan, "0.1")
     process.wait(timeout=30)
     assert process.returncode == 128 + signal.SIGKILL, "it ended with its machine"
