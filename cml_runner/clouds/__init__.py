@@ -145,6 +145,12 @@ class Cloud(Protocol):
     def tasks(self) -> list[Lease]:
         """List the tasks which exist in this region, found by their tags."""
 
+    def older(self) -> list[Lease]:
+        """List this region's tasks of terraform-provider-iterative, which can only be deleted.
+
+        plan() takes their identifiers, too. None where they can't be found cheaply.
+        """
+
     def now(self) -> datetime:
         """Ask the cloud what time it is: deadlines are kept by its clock, ours may be wrong."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.aws import account, catalogue, machine
+from cml_runner.clouds.aws import account, catalogue, machine, older
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
     Bucket,
@@ -79,6 +79,10 @@ class Cloud:
         """Read the leases."""
         return leases.listed(claims(self._session))
 
+    def older(self) -> list[Lease]:
+        """Know them by their buckets."""
+        return older.tasks(self._session)
+
     def now(self) -> datetime:
         """Read the date of an answer."""
         return self._session.now()
@@ -135,6 +139,8 @@ class Cloud:
         _insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
+        if task.id.prefix == older.PREFIX:
+            return older.plan(self._session, task)
         bucket = Bucket(task, self._session, site)
         settings = leases.Settings(bucket)
         # Whoever deletes doesn't know if there is a key.

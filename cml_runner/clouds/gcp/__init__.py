@@ -79,6 +79,10 @@ class Cloud:
         )
         return leases.listed(objects)
 
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
     def now(self) -> datetime:
         """Read the date of an answer, which may be a refusal."""
         return web.clock("https://storage.googleapis.com/")

@@ -101,6 +101,10 @@ class Cloud:
                     tidy(self._session, one)
         return found
 
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
     def now(self) -> datetime:
         """Read the date of an answer of the API server."""
         return self._session.now()

@@ -99,6 +99,10 @@ class Cloud:
                         wake(directory)
         return found
 
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
     def now(self) -> datetime:
         """Look at this computer's clock, which is the cloud's."""
         return files.now()

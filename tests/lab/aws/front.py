@@ -165,7 +165,8 @@ class Front:
             from moto.s3.models import s3_backends
 
             there = call.bucket in s3_backends[ACCOUNT]["aws"].buckets
-            if not there and call.action != "CreateBucket" and call.bucket not in self.aws.owners:
+            new = call.action in ("CreateBucket", "ListAllMyBuckets")
+            if not there and not new and call.bucket not in self.aws.owners:
                 raise ApiError("NoSuchBucket", "The specified bucket does not exist", 404)
             owner = self.aws.owners.get(call.bucket, ACCOUNT)
             expected = call.headers.get("x-amz-expected-bucket-owner", owner)

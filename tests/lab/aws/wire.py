@@ -57,6 +57,7 @@ class Call:
 
 
 SUBRESOURCES = {
+    "location": "BucketLocation",
     "encryption": "EncryptionConfiguration",
     "lifecycle": "LifecycleConfiguration",
     "policy": "BucketPolicy",
@@ -105,9 +106,10 @@ def _s3(call: Call) -> Call:
     verb = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "DELETE": "Delete", "POST": "Delete"}
     action = verb[call.method] + what
     if what == "Bucket":
-        action = {"GET": "ListBucket", "HEAD": "ListBucket", "PUT": "CreateBucket"}.get(
-            call.method, "DeleteObject"
-        )
+        actions = {"GET": "ListBucket", "HEAD": "ListBucket", "PUT": "CreateBucket"}
+        action = {**actions, "DELETE": "DeleteBucket"}.get(call.method, "DeleteObject")
+    if not call.bucket:
+        action = "ListAllMyBuckets"
     return Call(**{**vars(call), "action": action})
 
 
