@@ -127,8 +127,9 @@ class Sweep:
         if not access:
             return
         if self.cloud or self.region:  # others live elsewhere
-            living, more = look("", "")
-            report.unseen += [one for one in more if one not in report.unseen]
+            living, hidden = look("", "")
+            for one in hidden:
+                log.warning("can't look for runners on %s: %s", one.place, one.error)
         try:
             forge = access.forge()
             for runner in stale(forge.runners(), living):
