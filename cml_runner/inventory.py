@@ -220,7 +220,7 @@ def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
     failures = 0
     while True:
         try:
-            there = follow and any(one.id == found.id for one in found.place.cloud.tasks())
+            there = follow and found.place.cloud.lease(found.id) is not None
             texts = {rank: found.bucket.log(rank) for rank in found.bucket.ranks()}
         except RunnerError as error:
             failures += 1

@@ -87,6 +87,15 @@ def listed(leases: Store) -> list[Lease]:
         return [found for found in pool.map(read, leases.written("").items()) if found]
 
 
+def found(leases: Store, identifier: Identifier) -> Lease | None:
+    """Read one."""
+    claim = leases.load(key(identifier), Claim)
+    if claim is None:
+        return None
+    written = None if claim.launched else leases.when(key(identifier))
+    return lease(identifier, claim, written or claim.created)
+
+
 def mistakes(task: Task, days: int) -> list[str]:
     """Say if a bucket that forgets everything after so many days is none for a task's data."""
     longest = datetime.now(timezone.utc) + timedelta(days=days - 2)

@@ -200,6 +200,15 @@ class Store:
             return {name: found[name] for name in sorted(found) if name.startswith(prefix)}
         return {}
 
+    def when(self, key: str) -> datetime | None:
+        """Say when an object was written last; None if there is no such object."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            found: datetime = obstore.head(self._store, key)["last_modified"]
+            return found
+        return None
+
     def load(self, key: str, kind: type[T]) -> T | None:
         """Return a dataclass that was saved; None if there is no such object."""
         content = self.read(key)

@@ -221,8 +221,8 @@ def _still_there(found: Found) -> bool:
     """Look again: somebody else may have removed it, and even launched anew under its name."""
     if not found.lease:
         return True  # but a record
-    mine = (found.id, found.lease.created, found.lease.expires)
-    return any((one.id, one.created, one.expires) == mine for one in found.place.cloud.tasks())
+    now, before = found.place.cloud.lease(found.id), found.lease
+    return bool(now and (now.created, now.expires) == (before.created, before.expires))
 
 
 def _attempted(item: Item, work: Callable[[], None]) -> Item:

@@ -145,6 +145,9 @@ class Cloud(Protocol):
     def tasks(self) -> list[Lease]:
         """List the tasks which exist in this region, found by their tags."""
 
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Look for one task, and tell of it what tasks() would; None if it isn't there."""
+
     def older(self) -> list[Lease]:
         """List this region's tasks of terraform-provider-iterative, which can only be deleted.
 

@@ -83,12 +83,14 @@ def test_a_task_is_created_listed_and_deleted(rig: Rig) -> None:
     task = rig.task(tags={"repo": "owner/repo", "name": "Some Name"})
     plan = rig.launch(1, task)
     (lease,) = rig.cloud.tasks()
+    assert lease == rig.cloud.lease(task.id)
     assert (lease.id, lease.tags) == (task.id, task.tags)
     assert abs(lease.created - before) < timedelta(minutes=1)
     (instance,) = plan.group.instances()
     assert instance.address
     delete(plan)
     assert rig.cloud.tasks() == []
+    assert rig.cloud.lease(task.id) is None
     assert plan.group.instances() == []
 
 
@@ -152,7 +154,9 @@ def test_creating_twice_adopts(rig: Rig) -> None:
     first, second = rig.cloud.plan(task), rig.cloud.plan(task)
     assert [resource.create() for resource in first.resources] == [True] * len(first.resources)
     assert [resource.create() for resource in second.resources] == [False] * len(first.resources)
-    assert [lease.id for lease in rig.cloud.tasks()] == [task.id]
+    (lease,) = rig.cloud.tasks()
+    assert (lease.id, lease.launched) == (task.id, False)
+    assert lease == rig.cloud.lease(task.id)
 
 
 def test_deleting_twice_is_no_error_and_needs_the_identifier_alone(rig: Rig) -> None:

@@ -79,6 +79,10 @@ class Cloud:
         """Read the leases."""
         return leases.listed(claims(self._session))
 
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read it."""
+        return leases.found(claims(self._session), identifier)
+
     def older(self) -> list[Lease]:
         """Know them by their buckets."""
         return older.tasks(self._session)

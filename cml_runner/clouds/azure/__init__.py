@@ -84,12 +84,13 @@ class Cloud:
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
-        place = Place(self._session.subscription, self.region)
-        self._session.credentials()  # or it is told that there are none
-        if not exists(place):
-            return []
-        objects = store.Store(lease_url(place), self._session.credentials)
-        return leases.listed(objects)
+        objects = self._leases()
+        return leases.listed(objects) if objects else []
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read it."""
+        objects = self._leases()
+        return leases.found(objects, identifier) if objects else None
 
     def older(self) -> list[Lease]:
         """Know none."""
@@ -132,6 +133,14 @@ class Cloud:
     def leave(self, identifier: Identifier, *, last: bool) -> None:
         """Delete this machine and have none in its place or, as the last, delete everything."""
         leaving.leave(self.region, identifier, last=last)
+
+    def _leases(self) -> store.Store | None:
+        """Open what says which tasks there are; None where there have never been any."""
+        place = Place(self._session.subscription, self.region)
+        self._session.credentials()  # or it is told that there are none
+        if not exists(place):
+            return None
+        return store.Store(lease_url(place), self._session.credentials)
 
     def _site(self, task: Task) -> Site:
         """Understand what machines are asked for. Raises ConfigurationError with every mistake."""

@@ -71,13 +71,11 @@ class Cloud:
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
-        objects = opened(
-            self._session.project,
-            leases.LEASES,
-            self.region,
-            credentials=self._session.credentials,
-        )
-        return leases.listed(objects)
+        return leases.listed(self._leases)
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read it."""
+        return leases.found(self._leases, identifier)
 
     def older(self) -> list[Lease]:
         """Know none."""
@@ -142,6 +140,11 @@ class Cloud:
         )
         for step in steps:
             _insist(step)
+
+    @property
+    def _leases(self) -> Store:
+        place = (self._session.project, leases.LEASES, self.region)
+        return opened(*place, credentials=self._session.credentials)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(task, self._session, site)

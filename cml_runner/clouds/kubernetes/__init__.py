@@ -24,7 +24,7 @@ from cml_runner import bootstrap, clouds
 from cml_runner.clouds.kubernetes import catalogue, container, machine, pod, secret
 from cml_runner.clouds.kubernetes.job import Group, Job, lease, tidy
 from cml_runner.clouds.kubernetes.session import Session
-from cml_runner.errors import ConfigurationError, CredentialsError
+from cml_runner.errors import ConfigurationError, CredentialsError, NotFound
 from cml_runner.model import Task
 from cml_runner.store import SETTINGS
 
@@ -95,11 +95,17 @@ class Cloud:
         found = []
         for one in self._session.items("jobs", patience=BRIEF, labelSelector=selector):
             with suppress(ConfigurationError):
-                there = pod.keeps(one) or not pod.over(one)
-                if there and "deletionTimestamp" not in one["metadata"]:
+                if _is_there(one):
                     found.append(lease(one))
                     tidy(self._session, one)
         return found
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read its Job."""
+        with suppress(NotFound):
+            found = self._session.call("GET", "jobs", str(identifier))
+            return lease(found) if _is_there(found) else None
+        return None
 
     def older(self) -> list[Lease]:
         """Know none."""
@@ -158,6 +164,12 @@ class Cloud:
 
     def leave(self, identifier: Identifier, *, last: bool) -> None:
         """Do nothing: a pod leaves by ending well, and a Job is over with its last pod."""
+
+
+def _is_there(job: Mapping[str, Any]) -> bool:
+    """Say if a Job isn't over, or keeps data."""
+    there = pod.keeps(job) or not pod.over(job)
+    return there and "deletionTimestamp" not in job["metadata"]
 
 
 def _start(program: Program, bucket: str) -> str:

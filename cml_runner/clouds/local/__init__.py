@@ -99,6 +99,13 @@ class Cloud:
                         wake(directory)
         return found
 
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read its claim."""
+        with suppress(FileNotFoundError):
+            claim = records.claim(self.region / str(identifier))
+            return _lease(identifier, claim) if claim else None
+        return None
+
     def older(self) -> list[Lease]:
         """Know none."""
         return []
