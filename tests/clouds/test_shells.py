@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -11,11 +12,22 @@ import subprocess
 import sys
 import termios
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cml_runner.errors import ConfigurationError, CredentialsError, MissingDependency, RunnerError
+from cml_runner.clouds.gcp import session
+from cml_runner.clouds.gcp import shell as gcp_shell
+from cml_runner.errors import (
+    ConfigurationError,
+    CredentialsError,
+    MissingDependency,
+    NotFound,
+    NotReady,
+    RunnerError,
+)
+from cml_runner.model import Identifier, Task
 from tests.clouds.conftest import directory
 from tests.lab.pods import Pods
 
@@ -156,15 +168,70 @@ def on_a_terminal(command: list[str], mark: str, keys: str) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out
 
 
-# Where we don't open anything
+# Google Cloud
 
 
-def test_what_google_says_is_told(gcp_rig: GcpRig) -> None:
+def machine_of(rig: GcpRig) -> Any:
+    (found,) = [one for one in rig.gcp.compute.instances.values() if not one.ended]
+    return found
+
+
+@pytest.mark.parametrize("key", ["", "somebody:ssh-ed25519 AAAA their own"])
+def test_a_machine_is_open_to_googles_proxy_meanwhile(
+    gcp_rig: GcpRig, capfd: pytest.CaptureFixture[str], key: str
+) -> None:
     plan = gcp_rig.launch(1)
-    with pytest.raises(ConfigurationError) as caught, plan.group.shell("", ("ls", "a b")):
+    machine = machine_of(gcp_rig)
+    if key:
+        machine.metadata |= {"ssh-keys": key, "enable-oslogin": "FALSE"}
+    before = dict(machine.metadata), list(machine.tags)
+    with plan.group.shell("", ("echo", "a b")) as shell:
+        assert "cml-runner-iap" in machine.tags
+        line = machine.metadata["ssh-keys"].splitlines()[-1]
+        assert line.startswith("cml-shell:ssh-ed25519 ")
+        note = json.loads(line.partition(" google-ssh ")[2])
+        until = datetime.fromisoformat(note["expireOn"].replace("+0000", "+00:00"))
+        assert timedelta() < until - datetime.now(timezone.utc) < timedelta(minutes=11)
+        assert shell.run() == 0
+    assert f"entered cml-shell@{machine.name}\na b\n" in capfd.readouterr().out
+    assert (machine.metadata, machine.tags) == before
+
+
+def test_the_proxys_rule_is_for_it_alone(gcp_rig: GcpRig) -> None:
+    rules = gcp_rig.gcp.compute.firewalls
+    rule = rules["cml-runner-iap"]
+    assert rule["sourceRanges"] == ["35.235.240.0/20"]
+    assert rule["targetTags"] == ["cml-runner-iap"]
+    assert rule["priority"] < rules["cml-runner"]["priority"]
+    gcp_rig.launch(1)
+    assert "cml-runner-iap" not in machine_of(gcp_rig).tags
+    del rules["cml-runner-iap"]
+    plan = gcp_rig.launch(1)
+    with pytest.raises(NotFound, match="setup gcp"), plan.group.shell("", ()):
         pass
-    assert "--tunnel-through-iap --command 'ls '\"'\"'a b'\"'\"''" in str(caught.value)
-    assert "firewall-rules delete" in str(caught.value)
+
+
+def test_the_least_role_opens_it(gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = gcp_rig.launch(1)
+    user = gcp_rig.gcp.add_user(dict(gcp_rig.cloud.permissions()))
+    monkeypatch.setenv(session.DATA, gcp_rig.gcp.login(user)[session.DATA])
+    fresh = type(gcp_rig.cloud)("us-west").plan(Task(id=Identifier.parse(plan.group.name)))  # type: ignore[attr-defined]
+    with fresh.group.shell("", ("true",)) as shell:
+        assert shell.run() == 0
+    fresh.group.evict("")
+
+
+def test_a_machine_that_takes_no_key(gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = gcp_rig.launch(1)
+    monkeypatch.setattr(gcp_shell, "PATIENCE", 0.1)
+    monkeypatch.setenv("SSH_REFUSES", "yes")
+    with pytest.raises(NotReady, match="to take a key"), plan.group.shell("", ()):
+        pass
+    assert "cml-runner-iap" not in machine_of(gcp_rig).tags
+    assert "ssh-keys" not in machine_of(gcp_rig).metadata
+
+
+# Where we don't open anything
 
 
 def test_what_azure_says_is_told(azure_rig: AzureRig) -> None:

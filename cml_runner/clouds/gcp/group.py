@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import wait
-from cml_runner.clouds.gcp import happenings
-from cml_runner.clouds.gcp.account import LABEL, NETWORK, NETWORK_TAG, PRIORITY
+from cml_runner.clouds.gcp import happenings, shell
+from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT
 from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound, RunnerError
 from cml_runner.model import Happening, Instance
@@ -20,10 +19,11 @@ from cml_runner.model import Happening, Instance
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from cml_runner.clouds import Resource, Shell
+    from cml_runner.clouds import Resource
     from cml_runner.clouds.gcp.resources import Bucket, Template
     from cml_runner.clouds.gcp.session import Session
     from cml_runner.clouds.gcp.site import Site
+    from cml_runner.terminal import Program
 
 log = logging.getLogger(__name__)
 
@@ -141,26 +141,11 @@ class Group:
         self.session.begin("Instances", "simulate_maintenance_event", **where)
 
     @contextmanager
-    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Shell]:
-        """Refuse, and say how Google's own program does it.
-
-        A firewall rule for one machine would outlive a process that dies, and nothing of Google's
-        own ends it.
-        """
-        found = self._running(instance)
-        where = f"--project {self.session.project}"
-        then = f" --command {shlex.quote(shlex.join(command))}" if command else ""
-        msg = (
-            f"on Google Cloud a shell takes gcloud, and a firewall rule meanwhile:\n"
-            f"  gcloud compute firewall-rules create cml-runner-iap {where} --network {NETWORK}"
-            f" --priority {PRIORITY - 1} --source-ranges 35.235.240.0/20 --allow tcp:22"
-            f" --target-tags {NETWORK_TAG}\n"
-            f"  gcloud compute ssh {found.name} {where} --zone {_zone(found)}"
-            f" --tunnel-through-iap{then}\n"
-            f"  gcloud compute firewall-rules delete cml-runner-iap {where} --quiet"
-        )
-        raise ConfigurationError(msg)
-        yield
+    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+        """Let Google's proxy in to the machine meanwhile, with a key made for the occasion."""
+        number = str(self._running(instance).id)
+        with shell.opened(self.session, lambda: self._running(number), command) as program:
+            yield program
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""

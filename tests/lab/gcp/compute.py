@@ -360,6 +360,15 @@ class Compute:
         one.version += 1
         return self._operation("setMetadata", self._where(one), query, one.id)
 
+    def instances_setTags(
+        self, where: dict[str, str], body: Any, query: dict[str, str], **_: Any
+    ) -> Any:
+        one = self._instance(where)
+        if body.get("fingerprint") != _mark(one):
+            raise ApiError(412, "conditionNotMet", "Supplied fingerprint does not match current.")
+        one.tags = body.get("items", [])
+        return self._operation("setTags", self._where(one), query, one.id)
+
     def instances_getSerialPortOutput(self, where: dict[str, str], **_: Any) -> Any:
         text = self._instance(where).console
         return {"kind": "compute#serialPortOutput", "contents": text, "start": "0", "next": "0"}
@@ -575,6 +584,7 @@ class Compute:
             "creationTimestamp": _text(one.created),
             "networkInterfaces": [card],
             "labels": one.labels,
+            "tags": {"fingerprint": _mark(one), "items": one.tags},
             "scheduling": {"provisioningModel": "SPOT" if one.spot else "STANDARD"},
             "metadata": {"fingerprint": _fingerprint(one), "items": items},
         }
@@ -656,6 +666,10 @@ def _warning(scope: str) -> dict[str, Any]:
 
 def _nothing(found: dict[str, Any]) -> dict[str, Any]:
     return {} if found else {"global": _warning("global")}
+
+
+def _mark(one: Instance) -> str:
+    return f"tags{len(one.tags):02}="
 
 
 def _fingerprint(one: Instance) -> str:
