@@ -413,6 +413,9 @@ ONLY_AT_TIMES = {
     "ec2:GetConsoleOutput",
     "ec2:ImportKeyPair",
     "s3:GetObject",
+    "ssm:ResumeSession",  # shell()
+    "ssm:StartSession",
+    "ssm:TerminateSession",
 }
 
 

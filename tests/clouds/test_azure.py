@@ -663,6 +663,7 @@ ONLY_AT_TIMES = {
     "Microsoft.Compute/virtualMachines/delete",  # what a failed allocation left behind
     "Microsoft.Compute/virtualMachines/read",  # while waiting
     "Microsoft.Compute/virtualMachines/retrieveBootDiagnosticsData/action",  # on trouble
+    "Microsoft.Compute/virtualMachines/simulateEviction/action",  # evict()
     "Microsoft.Insights/autoscalesettings/read",  # resize() of what somebody else launched
     "Microsoft.Insights/eventtypes/values/read",
     "Microsoft.Network/networkInterfaces/read",

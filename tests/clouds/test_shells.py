@@ -296,3 +296,16 @@ def test_a_shell_that_breaks_off(pods: Pods) -> None:
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "broke off" in err or "is broken" in err
+
+
+def test_the_least_role_of_azure_evicts(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = azure_rig.launch(1)
+    (machine,) = azure_rig.running(plan)
+    user = azure_rig.azure.add_user(json.loads(json.dumps(azure_rig.cloud.permissions())))
+    for name, value in azure_rig.azure.environment(user).items():
+        monkeypatch.setenv(name, value)
+    fresh = type(azure_rig.cloud)("us-west").plan(Task(id=Identifier.parse(plan.group.name)))  # type: ignore[attr-defined]
+    fresh.group.evict(machine)
+    assert azure_rig.notice(plan, machine)
