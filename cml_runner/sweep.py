@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import inventory, times
 from cml_runner.errors import (
+    CleanupFailed,
     ConfigurationError,
     MissingDependency,
     NotFound,
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cml_runner.access import Access
+    from cml_runner.forges import Forge
     from cml_runner.model import Lease, Runner
 
 log = logging.getLogger(__name__)
 
 SILENCE = timedelta(days=1)  # after which nobody waits for a runner any more
-FAILED = 10  # exit code, as CleanupFailed's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,9 @@ class Report:
     @property
     def code(self) -> int:
         """The exit code: 0 if everything was looked at, and all that had to go is gone."""
-        if any(one.outcome == "failed" for one in self.items):
-            return FAILED
+        failed = {one.kind for one in self.items if one.outcome == "failed"}
+        if failed:
+            return RunnerError.exit_code if failed == {"registration"} else CleanupFailed.exit_code
         return self.unseen[0].code if self.unseen else 0
 
     def document(self) -> dict[str, Any]:
@@ -98,12 +100,12 @@ class Sweep:
         self.access()  # what is wrong with that is told before anything is deleted
         report = Report()
         there, report.unseen = look(self.cloud, self.region)
-        gone = []
+        living = list(there)
         for found, reason in self._overdue(there, report):
-            gone.append(found)
             item = _item(found, reason)
             report.items.append(item if self.dry else _removed(found, item, self.access))
-        living = [one for one in there if one not in gone]
+            if report.items[-1].outcome == "removed":
+                living.remove(found)
         self._registrations(living, report)
         return report
 
@@ -134,9 +136,7 @@ class Sweep:
             forge = access.forge()
             for runner in stale(forge.runners(), living):
                 item = _registration(runner, forge.url)
-                report.items.append(item)
-                if not self.dry:
-                    report.items[-1] = _attempted(item, lambda: forge.unregister(runner))  # noqa: B023 - at once
+                report.items.append(item if self.dry else _unregistered(runner, item, forge))
         except RunnerError as error:
             unseen = Unseen(place=access.url, error=str(error), code=error.exit_code)
             report.unseen.append(unseen)
@@ -210,9 +210,11 @@ def _removed(found: Found, item: Item, access: Callable[[], Access | None]) -> I
     def work() -> None:
         try:
             inventory.remove(found, access, lambda: _still_there(found))
-        except RunnerError:
+        except RunnerError as error:
             if _still_there(found):
-                raise  # nobody else was faster
+                raise
+            if not isinstance(error, CleanupFailed):  # of a forge, when all else was done
+                log.warning("%s is gone, but perhaps still registered: %s", found.id, error)
 
     return _attempted(item, work)
 
@@ -228,8 +230,6 @@ def _still_there(found: Found) -> bool:
 def _attempted(item: Item, work: Callable[[], None]) -> Item:
     try:
         work()
-    except NotFound:
-        pass  # somebody was faster
     except RunnerError as error:
         return replace(item, outcome="failed", error=str(error))
     return replace(item, outcome="removed")
@@ -244,6 +244,14 @@ def _item(found: Found, reason: str) -> Item:
         place=f"{found.place.name} {found.place.region}",
         reason=reason,
     )
+
+
+def _unregistered(runner: Runner, item: Item, forge: Forge) -> Item:
+    def work() -> None:
+        with suppress(NotFound):  # somebody was faster
+            forge.unregister(runner)
+
+    return _attempted(item, work)
 
 
 def _registration(runner: Runner, url: str) -> Item:

@@ -198,8 +198,11 @@ def _complain(report: Report) -> None:
     for error, where in places.items():
         click.echo(f"not looked at: {', '.join(where)}: {error}", err=True)
     failed = [one for one in report.items if one.outcome == "failed"]
-    if failed:
-        raise CleanupFailed([(one.id, RunnerError(one.error)) for one in failed])
+    for one in failed:
+        if one.kind == "registration":
+            click.echo(f"{one.id} can't be taken off {one.place}: {one.error}", err=True)
+    if costly := [one for one in failed if one.kind != "registration"]:
+        raise CleanupFailed([(one.id, RunnerError(one.error)) for one in costly])
     if report.code:
         sys.exit(report.code)
 
