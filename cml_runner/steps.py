@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
@@ -137,12 +136,9 @@ def _walk(
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back while something runs that must not be left half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def say(*_: object) -> None:
         log.warning("still clearing up: please wait")
 
-    with signals.handled(signals.ENDING, say):
+    with signals.undisturbed(say):
         yield

@@ -17,6 +17,7 @@ import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import signals
 from cml_runner.errors import MissingDependency, RunnerError
 from cml_runner.terminal import Program
 
@@ -70,7 +71,8 @@ def _begin(session: Session, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _end(session: Session, name: str) -> None:
     try:
-        session.call("ssm", "terminate_session", SessionId=name)
+        with signals.undisturbed():
+            session.call("ssm", "terminate_session", SessionId=name)
     except RunnerError as error:
         log.warning("the session %s ends by itself when it is idle: %s", name, error)
 

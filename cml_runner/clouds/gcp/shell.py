@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import keys, wait
+from cml_runner import keys, signals, wait
 from cml_runner.clouds.gcp.account import IAP, Shared
 from cml_runner.errors import MissingDependency, NotFound, RunnerError
 from cml_runner.terminal import Program
@@ -75,7 +75,8 @@ def _check(session: Session) -> None:
 
 def _close(session: Session, look: Callable[[], Any], line: str) -> None:
     try:
-        _change(session, look(), line, let_in=False)
+        with signals.undisturbed():
+            _change(session, look(), line, let_in=False)
     except NotFound:
         log.debug("the machine is gone, and the way to it")
     except RunnerError as error:
