@@ -683,6 +683,7 @@ def test_the_least_role_suffices(azure_rig: AzureRig, monkeypatch: pytest.Monkey
     until(lambda: azure_rig.running(plan), "the machine", 5, 0.02)
     assert plan.group.events()
     plan.group.interrupt("", 100)
+    plan.group.evict("")
     assert plan.group.console() == ""
     plan.group.expire(None)
     steps.delete(Cloud("us-west").plan(Task(id=lease.id)).resources)
