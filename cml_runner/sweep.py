@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PAUSES = (1, 3)  # seconds before a removal that failed is tried again
 SILENCE = timedelta(days=1)  # after which nobody waits for a runner any more
 
 
@@ -216,7 +218,12 @@ def _removed(found: Found, item: Item, access: Callable[[], Access | None]) -> I
             if not isinstance(error, CleanupFailed):  # of a forge, when all else was done
                 log.warning("%s is gone, but perhaps still registered: %s", found.id, error)
 
-    return _attempted(item, work)
+    outcome = _attempted(item, work)
+    for pause in PAUSES:
+        if outcome.outcome == "failed":  # or somebody else is at it, and is done a moment later
+            time.sleep(pause)
+            outcome = _attempted(item, work)
+    return outcome
 
 
 def _still_there(found: Found) -> bool:

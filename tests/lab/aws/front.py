@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,7 @@ class Front:
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     principals: dict[str, Principal] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         began = time.monotonic()
@@ -148,8 +151,9 @@ class Front:
             content = _parameter(body) if parameter else self.aws.sessions.serve(call)
             found = "200 OK", [("Content-Type", JSON)], content
         else:
-            self._refuse(call)
-            found = self._ask_moto(environ, body)
+            with self.lock if call.action == "DeleteLaunchTemplate" else nullcontext():
+                self._refuse(call)
+                found = self._ask_moto(environ, body)
             if call.action == "TerminateInstances":
                 self.aws.instances.sweep()
         if lost:
