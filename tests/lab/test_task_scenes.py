@@ -169,3 +169,52 @@ def test_a_machine_without_power_and_a_task_that_is_stopped(stage: Stage, workdi
     stage.wait(lambda: len(stage.begins()) == 3, "a third machine to go on", 90)
     assert stage.begins()[2] in (int(last), int(last) - 1)
     stage.check(workdir)
+
+
+BUCKET = "theirs"  # somebody's own, which ours has no rights in
+USE = {
+    "Effect": "Allow",
+    "Action": ["s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject"],
+    "Resource": [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"],
+}
+
+
+def own_bucket(stage: Stage) -> Any:
+    """Make a bucket that the launcher may use; return a client that sees all that is in it."""
+    there = stage.there
+    client = there._client("s3", stage.name)
+    place = {"LocationConstraint": stage.name}
+    client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place)
+    role = json.loads(stage.region.cli("permissions", stage.cloud).stdout)
+    stage.region.launcher = there.add_user({**role, "Statement": [*role["Statement"], USE]})
+    return client
+
+
+@pytest.mark.parametrize("stage", ["aws"], indirect=True)
+def test_data_in_a_bucket_of_ones_own(stage: Stage, workdir: Path) -> None:
+    client = own_bucket(stage)
+    iam = stage.there._client("iam", "us-east-1")
+    names = [one["RoleName"] for one in iam.list_roles()["Roles"]]
+    (role,) = [name for name in names if name.startswith("cml-runner")]
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [USE]})
+    iam.put_role_policy(RoleName=role, PolicyName="use", PolicyDocument=policy)
+    stage.run(workdir, "--spot", "0", "--storage-container", f"{BUCKET}/some/where")
+    stage.wait(lambda: "now 5\n" in stage.log(), "it to count", 90)
+    stage.interrupt()
+    stage.wait(lambda: len(stage.begins()) == 2, "another machine to go on", 120)
+    assert stage.begins()[1] >= 5
+    keys = [one["Key"] for one in client.list_objects_v2(Bucket=BUCKET)["Contents"]]
+    assert all(key.startswith("some/where/") for key in keys)
+    assert not [key for key in stage.there.objects() if "/b/" in key]
+    stage.check(workdir)
+    assert "Contents" not in client.list_objects_v2(Bucket=BUCKET)
+
+
+@pytest.mark.parametrize("stage", ["aws"], indirect=True)
+def test_a_bucket_that_machines_may_not_use(stage: Stage, workdir: Path) -> None:
+    own_bucket(stage)
+    stage.run(workdir, "--storage-container", f"{BUCKET}/some/where")
+    done = stage.region.cli("task", "logs", "-f", "count", *stage.place)
+    assert done.returncode == 3, f"{done.stderr}\n{done.stdout}\n{stage.region.said()}"
+    assert f"no access to s3://{BUCKET}" in done.stderr
+    stage.wait(lambda: not stage.costly(), f"all that costs much to go: {stage.costly()}")
