@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from io import BytesIO
+from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -104,6 +105,8 @@ class Front:
             headers = [("Content-Type", "text/xml")]
         self.calls.append(Entry(call.service, call.action, who, began, time.monotonic(), problem))
         if problem == LOST:
+            if connection := environ.get("werkzeug.socket"):
+                connection.shutdown(SHUT_RDWR)  # or the client would wait for a minute
             raise ConnectionError(LOST)
         headers = [one for one in headers if one[0].lower() != "content-length"]
         length = str(len(content)) if environ["REQUEST_METHOD"] != "HEAD" else "0"
