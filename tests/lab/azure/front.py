@@ -88,6 +88,7 @@ class Front:
 
     azure: Azure
     latency: float = 0  # seconds that every call takes longer
+    ahead: float = 0  # seconds that the clock is
     watch: Callable[[Call], None] = lambda _: None  # is told of every call before it is served
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
