@@ -97,7 +97,7 @@ def understood(read: Callable[[], T]) -> tuple[T | None, list[Check]]:
         return None, [failed("machine", one, hint, ConfigurationError) for one in error.mistakes]
 
 
-def made(probes: Sequence[Probe]) -> Iterator[Check]:
+def made(probes: Iterable[Probe]) -> Iterator[Check]:
     """Make all of them at the same time, and tell in their order what each one found."""
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="check") as pool:
         for found in pool.map(_made, probes):
