@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 8
 FAILURES = (ConfigurationError, CredentialsError, NotFound, NoCapacity, MissingDependency)
+SOON = timedelta(days=7)
 DRIFT = timedelta(minutes=1)  # clouds refuse signatures when it is five
 
 
@@ -84,6 +85,8 @@ def login(look: Callable[[], Seen], clock: Clock, hint: str) -> tuple[list[Check
         raise
     except RunnerError as error:
         found = [failed("login", _line(error), hint, type(error))]
+    except Exception as error:  # of a program that makes tokens, say
+        found = [failed("login", _unexpected("login", error), hint, RunnerError)]
     well = all(one.state in ("ok", "warning") for one in found)
     return [*found, clock.check()], well
 
@@ -129,6 +132,16 @@ def piece(
     return Probe(what=what, look=seen, hint=hint, own=own)
 
 
+def expiry(at: datetime, now: datetime) -> Check:
+    """Say when a credential expires; machines may hold it as long as they live."""
+    left = at - now
+    message = f"on {at:%Y-%m-%d %H:%M} UTC"
+    if left > SOON:
+        return Check(what="expiry", state="ok", message=message)
+    hint = "renew it before machines that have to register again need it"
+    return Check(what="expiry", state="warning", message=f"{message}, soon", hint=hint)
+
+
 def allowed(missing: Sequence[str], number: int, hint: str, only: str = "") -> Iterator[Check]:
     """Name each permission that isn't there; or say that all are.
 
@@ -159,8 +172,7 @@ def _made(probe: Probe) -> list[Check]:
     except RunnerError as error:
         found = [_troubled(probe, error)]
     except Exception as error:  # an answer that nobody thought of mustn't hide the others
-        log.debug("%s", probe.what, exc_info=error)
-        message = f"unexpected {type(error).__name__}: {error}"
+        message = _unexpected(probe.what, error)
         found = [Check(what=probe.what, state="unknown", message=message)]
     return [_with_hint(one, probe.hint) for one in found]
 
@@ -179,6 +191,11 @@ def _troubled(probe: Probe, error: RunnerError) -> Check:
     if probe.own:  # what it takes to know is more than what it takes to launch
         message = re.sub(r"(cml-runner permissions \w+)$", r"\1 --doctor", message)
     return Check(what=probe.what, state="unknown", message=message)
+
+
+def _unexpected(what: str, error: Exception) -> str:
+    log.debug("%s", what, exc_info=error)
+    return " ".join(f"unexpected {type(error).__name__}: {error}".split())
 
 
 def _line(error: RunnerError) -> str:

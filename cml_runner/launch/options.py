@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cml_runner import __version__, access, clouds, times
 from cml_runner.errors import ConfigurationError
@@ -136,7 +136,9 @@ def machine(options: Options, cloud: str) -> tuple[Machine, Program, int]:
 
     Options that are another cloud's own are left out. Raises ConfigurationError.
     """
-    own = {name: _nothing(options, name) for name in NATIVE if not _is_of(name, cloud)}
+    own: dict[str, Any] = {
+        name: _nothing(options, name) for name in NATIVE if not _is_of(name, cloud)
+    }
     return _Reader(replace(options, **own, cloud=cloud), {}).machine()
 
 
