@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.aws import account, catalogue, machine
+from cml_runner.clouds.aws import account, catalogue, checks, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
     Bucket,
@@ -36,9 +36,9 @@ from cml_runner.model import Identifier, Task
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from cml_runner.model import Lease, Notice
+    from cml_runner.model import Check, Lease, Notice
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,16 @@ class Cloud:
         """Make role, instance profile, security group and bucket."""
         return account.Shared(self._session).setup()
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Write an IAM policy for this region, and for whatever account it's given to."""
-        return account.launcher_policy("*", self.region)
+        policy = account.launcher_policy("*", self.region)
+        if doctor:
+            policy["Statement"].append(account.doctor_policy())
+        return policy
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at account, region, and what the machines are to be."""
+        return checks.checks(self._session, task, self._site)
 
     @staticmethod
     def rank() -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.gcp import account, catalogue, machine
+from cml_runner.clouds.gcp import account, catalogue, checks, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
     Bucket,
@@ -36,9 +36,9 @@ from cml_runner.model import Identifier, Task
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from cml_runner.model import Lease, Notice
+    from cml_runner.model import Check, Lease, Notice
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,13 @@ class Cloud:
         """Make service account, role, firewall rule and bucket."""
         return account.Shared(self._session).setup()
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Write a custom role, as `gcloud iam roles create` takes it."""
-        return account.launcher_role()
+        return account.launcher_role(doctor=doctor)
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at project, region, and what the machines are to be."""
+        return checks.checks(self._session, task, self._understood)
 
     @staticmethod
     def rank() -> None:

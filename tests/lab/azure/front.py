@@ -88,6 +88,7 @@ class Front:
 
     azure: Azure
     latency: float = 0  # seconds that every call takes longer
+    ahead: float = 0  # seconds that the clock is
     watch: Callable[[Call], None] = lambda _: None  # is told of every call before it is served
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -161,7 +162,8 @@ class Front:
 
     def _manage(self, call: Call) -> tuple[int, list[tuple[str, str]], bytes]:
         if not call.path.startswith(("/operations/", "/serial/")):
-            self.may(call, call.action, _scope(call))
+            if call.path != "/subscriptions":  # where everybody is told what they see
+                self.may(call, call.action, _scope(call))
             if "api-version" not in call.query:
                 raise ApiError("MissingApiVersionParameter", "api-version is required")
             if not VERSION.fullmatch(call.query["api-version"]):
