@@ -784,7 +784,7 @@ def test_a_machine_without_settings_ends_its_group(azure_rig: AzureRig) -> None:
 
 def test_a_machine_whose_container_is_gone_ends_its_group(azure_rig: AzureRig) -> None:
     plan = launch(azure_rig)
-    azure_rig.azure.blobs.containers.clear()
+    azure_rig.azure.blobs.clear()
     (name,) = azure_rig.azure.fleet.lives
     azure_rig.leave(plan, name)
     until(lambda: azure_rig.azure.left() == [], "all to go", 10, 0.05)

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from tests.lab.azure import wire
+from tests.lab.azure.tokens import MANAGER, STORAGE, audience
 from tests.lab.azure.wire import ApiError, Call
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ class Front:
         if who.expired:
             code = "InvalidAuthenticationInfo" if blob else "ExpiredAuthenticationToken"
             raise ApiError(code, "The access token expired.", 401)
+        if audience(call.token) != (STORAGE if blob else MANAGER):
+            code = "InvalidAuthenticationInfo" if blob else "InvalidAuthenticationTokenAudience"
+            raise ApiError(code, "The access token is for another audience.", 401)
 
     def _manage(self, call: Call) -> tuple[int, list[tuple[str, str]], bytes]:
         if not call.path.startswith(("/operations/", "/serial/")):
@@ -199,11 +203,10 @@ def _plain(
     *,
     head: bool = False,
 ) -> list[bytes]:
-    length = [] if status == HTTPStatus.NO_CONTENT else [("Content-Length", str(len(content)))]
-    kinds = (
-        []
-        if any(key == "Content-Type" for key, _ in headers)
-        else [("Content-Type", "application/json")]
-    )
-    start(f"{status} {HTTPStatus(status).phrase}", [*headers, *kinds, *length])
+    usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    if status == HTTPStatus.NO_CONTENT:
+        del usual["Content-Length"]
+    given = {name.lower() for name, _ in headers}
+    more = [(name, value) for name, value in usual.items() if name.lower() not in given]
+    start(f"{status} {HTTPStatus(status).phrase}", [*headers, *more])
     return [b"" if head else content]

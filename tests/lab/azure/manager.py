@@ -298,7 +298,7 @@ class Manager:
             made["properties"] |= {"principalId": secrets.token_hex(8), "clientId": "-"}
         if call.kind == "Microsoft.Storage/storageAccounts/blobServices/containers":
             account = call.path.split("/storageAccounts/")[1].partition("/")[0]
-            self._azure.blobs.containers.setdefault((account, call.name), {})
+            self._azure.blobs.make(account, call.name)
 
     # What takes its time
 
