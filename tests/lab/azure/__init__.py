@@ -65,6 +65,8 @@ class Azure:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+        if self.app.bugs:
+            raise AssertionError("\n".join(sorted(set(self.app.bugs))))
 
     @property
     def manager_url(self) -> str:

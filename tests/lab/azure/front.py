@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from tests.lab.azure import wire
+from tests.lab.azure import models, wire
 from tests.lab.azure.tokens import MANAGER, STORAGE, audience
 from tests.lab.azure.wire import ApiError, Call
 
@@ -93,6 +93,7 @@ class Front:
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     principals: dict[str, Principal] = field(default_factory=dict)  # by token
+    bugs: list[str] = field(default_factory=list)  # of this fake
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -172,8 +173,17 @@ class Front:
                 raise ApiError("InvalidApiVersionParameter", "api-version is no version")
         with self.lock:
             status, headers, body = self.azure.manager.call(call)
+            self._right(call, body)
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         return status, headers, b"" if body is None else content
+
+    def _right(self, call: Call, body: Any) -> None:
+        """Note what no answer of Azure's would be."""
+        if call.path.startswith("/operations/") or not isinstance(body, dict):
+            return
+        posted = call.name if call.method == "POST" else ""
+        wrong = models.mistakes(call.kind, posted, body)
+        self.bugs += [f"{call.method} {call.kind} answers {one}" for one in wrong]
 
     def _refused(self, call: Call, error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
         if call.kind == "blob":

@@ -33,6 +33,13 @@ STATUS = {  # of what always answers with the same, be it new or not
     "Microsoft.Authorization/roleDefinitions": 201,
     "Microsoft.Storage/storageAccounts/managementPolicies": 200,
 }
+STATEFUL = {
+    SCALE_SETS,
+    "Microsoft.Network/networkSecurityGroups",
+    "Microsoft.Network/virtualNetworks",
+    "Microsoft.Resources/subscriptions/resourceGroups",
+    "Microsoft.Storage/storageAccounts",
+}
 SLOW = ("Microsoft.Compute/", "Microsoft.Network/")
 STORAGE = "Microsoft.Storage/storageAccounts"  # slow, too, but not what is in it
 
@@ -139,7 +146,8 @@ class Manager:
         made = {"id": call.path, "name": call.name, "type": call.kind, **body}
         if call.kind == SETTINGS:  # times come back with seven digits
             made = json.loads(TIMES.sub(r"\g<0>0000", json.dumps(made)))
-        made["properties"] = {**made.get("properties", {}), "provisioningState": "Succeeded"}
+        state = {"provisioningState": "Succeeded"} if call.kind in STATEFUL else {}
+        made["properties"] = {**made.get("properties", {}), **state}
         self._born(call, made)
         self.resources[call.path.lower()] = made
         self._written[call.path.lower()] = time.monotonic()
