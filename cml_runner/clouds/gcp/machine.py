@@ -29,6 +29,7 @@ VARIABLE = "GCE_METADATA_HOST"  # the SDK's own, to put it elsewhere
 TIMEOUT = 2  # seconds
 CHANGE = 5  # seconds that a question waits for news
 SOFT_OFF = 30  # seconds from the notice of a preemption until the power is off
+NOTICE = "cml-runner-notice"  # key of our own: seconds of notice before that, if there are any
 EARLY = 60  # seconds before an end that was moved
 INTERRUPT, DEADLINE = "cml-runner-interrupt", "cml-runner-deadline"  # keys of our own
 API = "https://compute.googleapis.com/compute/v1"
@@ -101,14 +102,15 @@ def belongs(identifier: str) -> bool:
 def notice() -> Notice | None:
     """Ask whether this instance will be taken away.
 
-    There are 30 seconds' notice of a preemption, and of a host's maintenance some without a
-    deadline; `cml-runner interrupt` leaves a mark, and so does who moves the end.
+    There are 120 seconds' notice of a preemption, or 30, and of a host's maintenance some without
+    a deadline; `cml-runner interrupt` leaves a mark, and so does who moves the end.
     """
     found = metadata().news()
     now = datetime.now(timezone.utc)
-    if found.get("preempted") == "TRUE":
-        return Notice(reason="preemption", deadline=now + timedelta(seconds=SOFT_OFF))
     marks = found.get("attributes", {})
+    if found.get("preempted") == "TRUE":
+        left = int(marks.get(NOTICE) or SOFT_OFF)  # after a long one those 30 aren't promised
+        return Notice(reason="preemption", deadline=now + timedelta(seconds=left))
     if text := marks.get(INTERRUPT):
         return Notice(reason="interruption on demand", deadline=datetime.fromisoformat(text))
     if text := marks.get(DEADLINE):
