@@ -792,7 +792,10 @@ def test_a_machine_whose_container_is_gone_ends_its_group(azure_rig: AzureRig) -
     until(lambda: azure_rig.azure.left() == [], "all to go", 10, 0.05)
 
 
-def test_leaving_goes_on_until_it_is_done(azure_rig: AzureRig) -> None:
+def test_leaving_goes_on_until_it_is_done(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cml_runner.wait.PAUSES", (0.01,))
     plan = launch(azure_rig)
     for action in (f"{SCALE_SETS}/delete", "Microsoft.Insights/autoscalesettings/delete"):
         azure_rig.azure.fail(action, "InternalServerError", times=2, status=500)

@@ -740,7 +740,7 @@ def test_before_it_can_speak_a_machine_has_its_console(gcp_rig: GcpRig) -> None:
 def test_leaving_goes_on_until_it_is_done(
     gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
-    monkeypatch.setattr("cml_runner.clouds.gcp.machine.pauses", lambda: iter([0.01] * 99))
+    monkeypatch.setattr("cml_runner.wait.PAUSES", (0.01,))
     plan = launch(gcp_rig)
     (machine,) = running(gcp_rig, plan)
     gcp_rig.gcp.fail(f"compute.{action}", 500, "backendError", times=3)

@@ -12,7 +12,7 @@ import uuid
 from datetime import datetime, timedelta, timezone
 from functools import cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 from urllib.request import ProxyHandler, Request, build_opener
@@ -20,9 +20,6 @@ from urllib.request import ProxyHandler, Request, build_opener
 from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.errors import RunnerError
 from cml_runner.model import Notice
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SERVICE = "169.254.169.254"
 VARIABLE = "GCE_METADATA_HOST"  # the SDK's own, to put it elsewhere
@@ -225,13 +222,6 @@ class Departure:
         except (OSError, ValueError) as error:
             msg = f"this machine has no service account that could end it: {error}"
             raise RunnerError(msg) from error
-
-
-def pauses() -> Iterator[int]:
-    """Yield the seconds between two attempts to leave, for ever."""
-    yield from (1, 2, 5, 10)
-    while True:
-        yield 30
 
 
 def _message(content: bytes) -> str:
