@@ -32,7 +32,7 @@ LABEL = "x"
 REFUSALS = ("Unauthorized", "Auth", "Required")  # in the words of all clouds
 OUTSIDE = "Microsoft.Compute/skus/read"  # a right that nobody has on a resource group
 PATIENCE = 60  # seconds
-NOTICE = 30  # seconds, less than clouds give
+NOTICE = {"aws": 30, "azure": 30, "gcp": 120}  # seconds, of which machines take but few
 ASK = "curl -s -m 3"
 
 
@@ -156,11 +156,11 @@ class Stage:
         name = self.only().instance.id
         match self.cloud:
             case "aws":
-                self.there.instances.interrupt(name, after=NOTICE)
+                self.there.instances.interrupt(name, after=NOTICE[self.cloud])
             case "azure":
-                self.there.fleet.evict(name, after=NOTICE)
+                self.there.fleet.evict(name, after=NOTICE[self.cloud])
             case "gcp":
-                self.there.compute.preempt(name, after=NOTICE)
+                self.there.compute.preempt(name, after=NOTICE[self.cloud])
         return name
 
     def cut(self) -> str:

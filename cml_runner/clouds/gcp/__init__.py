@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -123,9 +122,9 @@ class Cloud:
             log.warning("the metadata service doesn't say which machine this is")
         if not instance or not machine.belongs(str(identifier)):
             return
-        departure = _insist(lambda: machine.Departure(str(identifier), self.region))
+        departure = wait.insist(lambda: machine.Departure(str(identifier), self.region))
         if not last:
-            _insist(departure.dismiss)
+            wait.insist(departure.dismiss)
             return
         own = opened(departure.project, leases.TASKS, self.region, str(identifier))
         claims = opened(departure.project, leases.LEASES, self.region)
@@ -137,7 +136,7 @@ class Cloud:
             departure.delete_machine,
         )
         for step in steps:
-            _insist(step)
+            wait.insist(step)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(task, self._session, site)
@@ -195,14 +194,3 @@ def _write_script(task: Task) -> None:
     """Write a start script for a project whose name we don't know yet."""
     url = f"gs://cml-runner-{'0' * 30}/{leases.TASKS}/{'0' * 24}/{task.id}"
     bootstrap.machine(f"{url}#gcp/{'0' * 24}/{task.id}", task.program, task.expires)
-
-
-def _insist(action: Callable[[], Any], sleep: Callable[[float], None] = time.sleep) -> Any:
-    """Do it, whatever it takes: the deadline ends us otherwise."""
-    for pause in machine.pauses():
-        try:
-            return action()
-        except (RunnerError, OSError) as error:
-            log.warning("can't leave yet: %s", error)
-            sleep(pause)
-    raise AssertionError

@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from tests.lab.azure import wire
+from tests.lab.azure import models, wire
+from tests.lab.azure.tokens import MANAGER, STORAGE, audience
 from tests.lab.azure.wire import ApiError, Call
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Front:
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     principals: dict[str, Principal] = field(default_factory=dict)  # by token
+    bugs: list[str] = field(default_factory=list)  # of this fake
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -159,6 +161,9 @@ class Front:
         if who.expired:
             code = "InvalidAuthenticationInfo" if blob else "ExpiredAuthenticationToken"
             raise ApiError(code, "The access token expired.", 401)
+        if audience(call.token) != (STORAGE if blob else MANAGER):
+            code = "InvalidAuthenticationInfo" if blob else "InvalidAuthenticationTokenAudience"
+            raise ApiError(code, "The access token is for another audience.", 401)
 
     def _manage(self, call: Call) -> tuple[int, list[tuple[str, str]], bytes]:
         if not call.path.startswith(("/operations/", "/serial/")):
@@ -170,8 +175,17 @@ class Front:
                 raise ApiError("InvalidApiVersionParameter", "api-version is no version")
         with self.lock:
             status, headers, body = self.azure.manager.call(call)
+            self._right(call, body)
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         return status, headers, b"" if body is None else content
+
+    def _right(self, call: Call, body: Any) -> None:
+        """Note what no answer of Azure's would be."""
+        if call.path.startswith("/operations/") or not isinstance(body, dict | list):
+            return
+        posted = call.name if call.method == "POST" else ""
+        wrong = models.mistakes(call.kind, posted, body)
+        self.bugs += [f"{call.method} {call.kind} answers {one}" for one in wrong]
 
     def _refused(self, call: Call, error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
         if call.kind == "blob":
@@ -201,11 +215,10 @@ def _plain(
     *,
     head: bool = False,
 ) -> list[bytes]:
-    length = [] if status == HTTPStatus.NO_CONTENT else [("Content-Length", str(len(content)))]
-    kinds = (
-        []
-        if any(key == "Content-Type" for key, _ in headers)
-        else [("Content-Type", "application/json")]
-    )
-    start(f"{status} {HTTPStatus(status).phrase}", [*headers, *kinds, *length])
+    usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    if status == HTTPStatus.NO_CONTENT:
+        del usual["Content-Length"]
+    given = {name.lower() for name, _ in headers}
+    more = [(name, value) for name, value in usual.items() if name.lower() not in given]
+    start(f"{status} {HTTPStatus(status).phrase}", [*headers, *more])
     return [b"" if head else content]

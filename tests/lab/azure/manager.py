@@ -27,12 +27,18 @@ SUBSCRIPTION = "12345678-1234-1234-1234-123456789012"
 SCALE_SETS = "Microsoft.Compute/virtualMachineScaleSets"
 MACHINES = "Microsoft.Compute/virtualMachines"
 IDENTITIES = "Microsoft.ManagedIdentity/userAssignedIdentities"
-IMAGES = "Microsoft.Compute/locations/publishers/artifacttypes/offers/skus/versions"
 SETTINGS = "Microsoft.Insights/autoscalesettings"
 TIMES = re.compile(r"T\d\d:\d\d:\d\d\.\d{3}(?=Z)")
 STATUS = {  # of what always answers with the same, be it new or not
     "Microsoft.Authorization/roleDefinitions": 201,
     "Microsoft.Storage/storageAccounts/managementPolicies": 200,
+}
+STATEFUL = {
+    SCALE_SETS,
+    "Microsoft.Network/networkSecurityGroups",
+    "Microsoft.Network/virtualNetworks",
+    "Microsoft.Resources/subscriptions/resourceGroups",
+    "Microsoft.Storage/storageAccounts",
 }
 SLOW = ("Microsoft.Compute/", "Microsoft.Network/")
 STORAGE = "Microsoft.Storage/storageAccounts"  # slow, too, but not what is in it
@@ -76,7 +82,7 @@ class Manager:
         special = {
             "Microsoft.Compute/skus": self._skus,
             "Microsoft.Compute/locations/usages": self._usages,
-            IMAGES: self._images,
+            models.IMAGES: self._images,
             "Microsoft.Authorization/permissions": self._permissions,
             "Microsoft.Insights/eventtypes/values": self._activities,
             "Microsoft.Resources/tags": self._tag,
@@ -145,7 +151,8 @@ class Manager:
         made = {"id": call.path, "name": call.name, "type": call.kind, **body}
         if call.kind == SETTINGS:  # times come back with seven digits
             made = json.loads(TIMES.sub(r"\g<0>0000", json.dumps(made)))
-        made["properties"] = {**made.get("properties", {}), "provisioningState": "Succeeded"}
+        state = {"provisioningState": "Succeeded"} if call.kind in STATEFUL else {}
+        made["properties"] = {**made.get("properties", {}), **state}
         self._born(call, made)
         self.resources[call.path.lower()] = made
         self._written[call.path.lower()] = time.monotonic()
@@ -350,7 +357,7 @@ class Manager:
             made["properties"] |= {"principalId": secrets.token_hex(8), "clientId": "-"}
         if call.kind == "Microsoft.Storage/storageAccounts/blobServices/containers":
             account = call.path.split("/storageAccounts/")[1].partition("/")[0]
-            self._azure.blobs.containers.setdefault((account, call.name), {})
+            self._azure.blobs.make(account, call.name)
 
     # What takes its time
 
