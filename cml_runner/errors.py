@@ -38,13 +38,13 @@ class ConfigurationError(RunnerError):
 
 
 class CredentialsError(RunnerError):
-    """A cloud or a forge refused our credentials, or we found none, which is `missing`."""
+    """A cloud or a forge refused our credentials, or we found none."""
 
     exit_code = 3
 
-    def __init__(self, message: str, *, missing: bool = False) -> None:
-        super().__init__(message)
-        self.missing = missing
+
+class NoCredentials(CredentialsError):
+    """We found none, so nobody was asked; to who looks at all places that is no failure."""
 
 
 class NotFound(RunnerError):

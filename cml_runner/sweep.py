@@ -20,6 +20,7 @@ from cml_runner.errors import (
     CleanupFailed,
     ConfigurationError,
     MissingDependency,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -155,7 +156,7 @@ def look(cloud: str, region: str) -> tuple[list[Found], list[Unseen]]:
         try:
             return [Found(lease.id, place, lease) for lease in place.cloud.tasks()]
         except RunnerError as error:
-            absent = isinstance(error, MissingDependency) or getattr(error, "missing", False)
+            absent = isinstance(error, MissingDependency | NoCredentials)
             if absent and cloud:
                 raise
             if not absent:

@@ -24,6 +24,7 @@ COMMANDS = {
     "destroy": "tasks",
     "gc": "tasks",
     "task": "task",
+    "doctor": "doctor",
     "setup": "setup",
     "permissions": "setup",
     "supervise": "supervise",

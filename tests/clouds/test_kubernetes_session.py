@@ -19,6 +19,7 @@ from cml_runner.errors import (
     CredentialsError,
     MissingDependency,
     NoCapacity,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -291,4 +292,4 @@ def test_no_access_is_not_the_same_as_none_that_was_asked_for(
     monkeypatch.setenv("KUBECONFIG_DATA", given)
     with pytest.raises(CredentialsError) as caught:
         _ = Session().namespace
-    assert caught.value.missing is missing
+    assert isinstance(caught.value, NoCredentials) is missing
