@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from cml_runner import forges
 from cml_runner.errors import ConfigurationError
@@ -46,6 +47,12 @@ class Access:
     url: str
     credential: Credential
     group: str = ""
+
+    def beside(self, url: str) -> Access | None:
+        """Speak to another repository of the same server; None if it is on another one."""
+        ours, other = urlsplit(self.url), urlsplit(url)
+        same = (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
+        return replace(self, url=url) if same else None
 
     def forge(self) -> Forge:
         """Load the forge; nothing is sent yet."""

@@ -78,12 +78,12 @@ class AgentFailed(RunnerError):
 
 
 class MissingDependency(RunnerError):
-    """A cloud was asked for whose SDK is not installed."""
+    """A cloud was asked for whose SDK, or another program that it needs, is not installed."""
 
     exit_code = 9
 
-    def __init__(self, cloud: str) -> None:
-        super().__init__(f"{cloud} needs its SDK: pip install 'cml-runner[{cloud}]'")
+    def __init__(self, cloud: str, message: str = "") -> None:
+        super().__init__(message or f"{cloud} needs its SDK: pip install 'cml-runner[{cloud}]'")
 
 
 class CleanupFailed(RunnerError):

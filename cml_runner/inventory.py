@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +24,16 @@ from cml_runner.model import Identifier, Instance, Lease, Status, Task, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from cml_runner.access import Access
     from cml_runner.clouds import Cloud, Plan
-    from cml_runner.model import Runner
+    from cml_runner.forges import Forge
 
 log = logging.getLogger(__name__)
 
 FOLLOW = 0.5  # seconds between two looks at a log
-SILENCE = timedelta(days=1)  # after which nobody waits for a runner any more
+PATIENCE = 10  # failures in a row, with growing pauses, before following is given up
 
 
 @dataclass(frozen=True)
@@ -212,19 +212,28 @@ def details(found: Found) -> dict[str, Any]:
 def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
     """Yield what each machine has logged: its rank, and some whole lines.
 
-    With `follow` it goes on until the task is over. Of machines that have not got so far, or never
-    did, what they have written to the console is all that there is.
+    With `follow` it goes on until the task is over, through respawns and moments in which the
+    cloud can't be reached. Of machines that have not got so far, or never did, what they have
+    written to the console is all that there is.
     """
-    read: dict[int, int] = {}
+    read: dict[int, str] = {}
+    failures = 0
     while True:
-        there = follow and any(one.id == found.id for one in found.place.cloud.tasks())
-        for rank in found.bucket.ranks():
-            text = found.bucket.log(rank)
-            new = text[read.get(rank, 0) :]
-            whole = new if not there else new[: new.rfind("\n") + 1]
-            if whole:
-                read[rank] = read.get(rank, 0) + len(whole)
-                yield rank, whole
+        try:
+            there = follow and found.place.cloud.lease(found.id) is not None
+            texts = {rank: found.bucket.log(rank) for rank in found.bucket.ranks()}
+        except RunnerError as error:
+            failures += 1
+            if not follow or isinstance(error, CredentialsError) or failures > PATIENCE:
+                raise
+            log.debug("can't read the log: %s", error)
+            time.sleep(FOLLOW * failures)
+            continue
+        failures = 0
+        for rank, text in texts.items():
+            if new := _news(text, read.get(rank, ""), whole=there):
+                read[rank] = text[: text.rindex(new) + len(new)]
+                yield rank, new
         if not there:
             if not read and found.lease and (text := found.plan.group.console()):
                 yield 0, text  # its supervisor hasn't begun to speak
@@ -232,12 +241,35 @@ def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
         time.sleep(FOLLOW)
 
 
+def _news(text: str, before: str, *, whole: bool) -> str:
+    """Say what is new in a log; where nothing remembers a machine, its successor's begins anew."""
+    new = text[len(before) :] if text.startswith(before) else text
+    return new[: new.rfind("\n") + 1] if whole else new
+
+
 def interrupt(found: Found, instance: str, after: float) -> None:
     """Take a machine away as the cloud would, `after` so many seconds."""
+    _group(found).interrupt(instance, after)
+
+
+def evict(found: Found, instance: str) -> None:
+    """Have the cloud itself take a spot machine away, when it likes."""
+    _group(found).evict(instance)
+
+
+def shell(
+    found: Found, instance: str, command: Sequence[str]
+) -> AbstractContextManager[clouds.Shell]:
+    """Open a way into a machine, the first that runs unless one is named, and close it."""
+    return _group(found).shell(instance, command)
+
+
+def _group(found: Found) -> clouds.Group:
+    """Return what holds its machines. Raises NotFound if it is over."""
     if not found.lease:
         msg = f"{found.id} is over"
         raise NotFound(msg)
-    found.plan.group.interrupt(instance, after)
+    return found.plan.group
 
 
 def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> None:
@@ -249,13 +281,7 @@ def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> No
     failures: list[tuple[str, Exception]] = []
     for found in several:
         try:
-            if found.lease and found.lease.keeps:
-                end(found)
-                continue
-            runners = found.runners()
-            steps.delete(found.plan.resources)
-            if found.lease:
-                _unregister(found.lease, runners, access)
+            remove(found, access)
         except CleanupFailed as error:
             failures += error.failures
         except RunnerError as error:
@@ -264,67 +290,53 @@ def destroy(several: Sequence[Found], access: Callable[[], Access | None]) -> No
         raise CleanupFailed(failures)
 
 
-def end(found: Found) -> None:
+def remove(
+    found: Found,
+    access: Callable[[], Access | None],
+    permit: Callable[[], bool] = lambda: True,
+) -> None:
+    """End one task, as destroy does, as long as `permit` says so."""
+    if found.lease and found.lease.keeps:
+        end(found, permit)
+        return
+    runners, refused = found.runners(), []
+
+    def asked() -> bool:
+        refused.extend([] if permit() else [True])
+        return not refused
+
+    steps.delete(found.plan.resources, asked)
+    if found.lease and not refused:  # or its runners may be those of another launch
+        _unregister(found.lease, runners, access)
+
+
+def end(found: Found, permit: Callable[[], bool] = lambda: True) -> None:
     """End the machines of a task with data, and all that it has but the data."""
     plan = found.plan
-    steps.delete([one for one in plan.resources if one is not plan.bucket])
+    steps.delete([one for one in plan.resources if one is not plan.bucket], permit)
     with suppress(NotFound):
-        plan.group.expire(None)  # there is nothing left that costs much
-
-
-def expired(several: Sequence[Found], older_than: float) -> list[Found]:
-    """Pick the tasks which are past their deadline or, if not zero, older than so many seconds."""
-    now = _now()
-    oldest = now - timedelta(seconds=older_than)
-    return [
-        one
-        for one in several
-        if one.lease
-        and (
-            (one.lease.expires and one.lease.expires < now)
-            or (older_than and one.lease.created < oldest and not _only_data(one.lease))
-        )
-    ]
-
-
-def _only_data(lease: Lease) -> bool:
-    """Say if the machines of a task are gone already."""
-    return lease.keeps and lease.expires is None
-
-
-def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:
-    """Pick the registrations of ours whose runner is gone for good.
-
-    Ours are those which say so, or whose name no other program makes up. Of living tasks none is
-    taken, nor one that a launch elsewhere may have just made: it must have been silent for a day.
-    """
-    kept = {name for found in living for name in found.runners()}
-    oldest = _now() - SILENCE
-    return [
-        one
-        for one in runners
-        if not one.online
-        and one.name not in kept
-        and (one.ours or _is_ours(one.name))
-        and one.seen
-        and one.seen < oldest
-    ]
-
-
-def _is_ours(name: str) -> bool:
-    """Know a name that was made up by us, with what is added to it for more than one runner."""
-    for text in (name, re.sub(r"(-\d{1,3})?(-[0-9a-f]{4})?$", "", name)):
-        with suppress(ConfigurationError):
-            return Identifier.parse(text).prefix == "cml"
-    return False
+        if permit():
+            plan.group.expire(None)  # there is nothing left that costs much
 
 
 def _unregister(lease: Lease, names: set[str], access: Callable[[], Access | None]) -> None:
-    """Take what a task had registered off its forge, if we may speak to that forge."""
-    found = access()
-    if not found or found.url != lease.tags.get("repo"):
+    """Take what a task had registered off its forge, if we may speak to that forge.
+
+    Of other repositories there it may be that our credential isn't good for them.
+    """
+    given, repo = access(), lease.tags.get("repo", "")
+    found = given.beside(repo) if given and repo else None
+    if not given or not found:
         return
-    forge = found.forge()
+    try:
+        _take_off(found.forge(), names)
+    except (CredentialsError, NotFound) as error:
+        if repo == given.url:
+            raise
+        log.warning("%s may still be registered: %s", ", ".join(sorted(names)), error)
+
+
+def _take_off(forge: Forge, names: set[str]) -> None:
     for runner in forge.runners():
         if runner.name in names and not runner.online:
             log.info("removing %s from %s", runner.name, forge.url)

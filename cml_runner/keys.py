@@ -23,6 +23,20 @@ def public_key(private: str) -> bytes:
     )
 
 
+def new_pair() -> tuple[bytes, bytes]:
+    """Make a key that nobody has, private and public, as ssh writes them."""
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - as slow as an SDK
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
+
+    key, kinds = ed25519.Ed25519PrivateKey.generate(), serialization
+    private = key.private_bytes(
+        kinds.Encoding.PEM, kinds.PrivateFormat.OpenSSH, kinds.NoEncryption()
+    )
+    return private, key.public_key().public_bytes(
+        kinds.Encoding.OpenSSH, kinds.PublicFormat.OpenSSH
+    )
+
+
 def own_address() -> str:
     """Ask how this computer is called from outside. Raises RunnerError."""
     import requests

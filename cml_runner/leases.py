@@ -53,11 +53,14 @@ def key(identifier: Identifier) -> str:
     return f"{identifier}.json"
 
 
-def lease(identifier: Identifier, claim: Claim) -> Lease:
-    """Say how long a task may be there; one whose launcher died before the end isn't long."""
+def lease(identifier: Identifier, claim: Claim, written: datetime) -> Lease:
+    """Say how long a task may be there; one whose launcher died before the end isn't long.
+
+    When that began is told by the bucket's clock: the launcher's own may be wrong.
+    """
     expires = claim.expires
     if not claim.launched:
-        given_up = claim.created + LAUNCH
+        given_up = max(claim.created, written) + LAUNCH
         expires = min(expires, given_up) if expires else given_up
     return Lease(
         id=identifier,
@@ -65,21 +68,32 @@ def lease(identifier: Identifier, claim: Claim) -> Lease:
         expires=expires,
         tags=claim.tags,
         keeps=claim.keeps and claim.launched,
+        launched=claim.launched,
     )
 
 
 def listed(leases: Store) -> list[Lease]:
     """Read all that there are; other objects are nobody's."""
 
-    def read(name: str) -> Lease | None:
+    def read(entry: tuple[str, datetime]) -> Lease | None:
+        name, written = entry
         with suppress(ConfigurationError):
-            claim = leases.load(f"{name}.json", Claim)
-            return lease(Identifier.parse(name), claim) if claim else None
+            identifier = Identifier.parse(name.removesuffix(".json"))
+            claim = leases.load(name, Claim)
+            return lease(identifier, claim, written) if claim else None
         return None
 
-    names = [one.removesuffix(".json") for one in leases.keys("")]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return [found for found in pool.map(read, names) if found]
+        return [found for found in pool.map(read, leases.written("").items()) if found]
+
+
+def found(leases: Store, identifier: Identifier) -> Lease | None:
+    """Read one."""
+    claim = leases.load(key(identifier), Claim)
+    if claim is None:
+        return None
+    written = None if claim.launched else leases.when(key(identifier))
+    return lease(identifier, claim, written or claim.created)
 
 
 def mistakes(task: Task, days: int) -> list[str]:

@@ -179,6 +179,7 @@ class Lease:
     expires: datetime | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     keeps: bool = False  # its data outlives its machines
+    launched: bool = True  # False: its launch goes on, or died
 
 
 @dataclass(frozen=True, kw_only=True)

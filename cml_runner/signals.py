@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,3 +30,17 @@ def handled(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[Non
     finally:
         for number, former in zip(taken, before, strict=True):
             signal.signal(number, former)
+
+
+def _nothing(*_: object) -> None:
+    """Not even say something."""
+
+
+@contextmanager
+def undisturbed(handler: Handler = _nothing) -> Iterator[None]:
+    """Let nothing that asks us to end disturb what must not be left half done."""
+    if threading.current_thread() is threading.main_thread():
+        with handled(ENDING, handler):
+            yield
+    else:  # which signals never reach
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
@@ -53,11 +52,16 @@ def create(resources: Sequence[Resource], claim: Resource | None = None) -> list
     return new
 
 
-def delete(resources: Sequence[Resource]) -> None:
+def _always() -> bool:
+    return True
+
+
+def delete(resources: Sequence[Resource], permit: Callable[[], bool] = _always) -> None:
     """Delete every resource that can be deleted, users before what they use.
 
     What is used by one that could not be deleted stays too: by it the rest will be found again.
-    Raises CleanupFailed, at the end, with all that could not be deleted.
+    Before each one is deleted `permit` is asked if it still has to be: what has its name may be
+    somebody else's by now. Raises CleanupFailed, at the end, with all that could not be deleted.
     """
     failures: list[tuple[str, Exception]] = []
     staying: list[Resource] = []
@@ -68,8 +72,10 @@ def delete(resources: Sequence[Resource]) -> None:
             log.info("keeping %s", resource.label)
             staying.append(resource)
             return
-        log.info("[%d/%d] deleting %s", next(number), len(resources), resource.label)
         try:
+            if not permit():
+                return
+            log.info("[%d/%d] deleting %s", next(number), len(resources), resource.label)
             resource.delete()
         except Exception as error:
             log.debug("deleting %s", resource.label, exc_info=True)
@@ -130,12 +136,9 @@ def _walk(
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back while something runs that must not be left half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def say(*_: object) -> None:
         log.warning("still clearing up: please wait")
 
-    with signals.handled(signals.ENDING, say):
+    with signals.undisturbed(say):
         yield

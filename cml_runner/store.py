@@ -20,6 +20,7 @@ from cml_runner.errors import CredentialsError, NotFound, RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from obstore.store import ObjectStore, RetryConfig
 
@@ -183,16 +184,30 @@ class Store:
 
         Objects in folders, a/b, are listed if the prefix names their folder, a/, or is empty.
         """
+        return list(self.written(prefix))
+
+    def written(self, prefix: str) -> dict[str, datetime]:
+        """Say of the same objects when each was written last, by the clock of who keeps them."""
         import obstore
 
         folder, slash, _ = prefix.rpartition("/")
         with suppress(FileNotFoundError), _translated(self.url):
             if slash or not prefix:
-                found = obstore.list(self._store, prefix=folder + slash or None).collect()
+                listed = obstore.list(self._store, prefix=folder + slash or None).collect()
             else:  # there may be very many in folders
-                found = obstore.list_with_delimiter(self._store)["objects"]
-            return sorted(item["path"] for item in found if item["path"].startswith(prefix))
-        return []
+                listed = obstore.list_with_delimiter(self._store)["objects"]
+            found = {one["path"]: one["last_modified"] for one in listed}
+            return {name: found[name] for name in sorted(found) if name.startswith(prefix)}
+        return {}
+
+    def when(self, key: str) -> datetime | None:
+        """Say when an object was written last; None if there is no such object."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            found: datetime = obstore.head(self._store, key)["last_modified"]
+            return found
+        return None
 
     def there(self) -> bool:
         """Say if there is such a bucket, whatever is in it."""

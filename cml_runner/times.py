@@ -1,8 +1,10 @@
-"""Durations as people write them."""
+"""Durations as people write them, and times as servers do."""
 
 from __future__ import annotations
 
 import re
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
 
 from cml_runner.errors import ConfigurationError
 
@@ -32,3 +34,11 @@ def text(value: float) -> str:
     if value < 2 * UNITS["d"]:
         return f"{value / 3600:.1f} h"
     return f"{value / UNITS['d']:.0f} d"
+
+
+def of_header(value: str) -> datetime:
+    """Read the Date of an answer: UTC, in whole seconds, of which this one isn't over yet.
+
+    Raises ValueError.
+    """
+    return parsedate_to_datetime(value).replace(tzinfo=timezone.utc) + timedelta(seconds=1)

@@ -16,10 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from cml_runner import times
 from cml_runner.errors import AgentFailed, RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from datetime import datetime
 
     import requests
 
@@ -53,6 +55,21 @@ def trouble(error: Exception) -> str:
     text = next((text for kind, text in troubles if isinstance(error, kind)), "fails")
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return f"{text} ({reason or error})"
+
+
+def clock(url: str) -> datetime:
+    """Ask a server what time it is: it says so whatever it answers. Raises RunnerError."""
+    import requests
+
+    try:
+        answer = requests.head(url, timeout=TIMEOUT)
+        return times.of_header(answer.headers["Date"])
+    except requests.RequestException as error:
+        msg = f"{url} {trouble(error)}"
+        raise RunnerError(msg) from error
+    except (KeyError, ValueError) as error:
+        msg = f"{url} doesn't say what time it is"
+        raise RunnerError(msg) from error
 
 
 class Download:

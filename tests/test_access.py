@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cml_runner.access import Asked, find
+from cml_runner.access import Access, Asked, find
 from cml_runner.errors import ConfigurationError
+from cml_runner.model import Credential
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,3 +114,14 @@ def test_a_key_from_a_file(checkout: Path) -> None:
 def test_mistakes(asked: Asked, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         find(asked, {})
+
+
+def test_other_repositories_of_the_same_server() -> None:
+    ours = Access(
+        driver="github", url="https://github.com/acme/model", credential=Credential(token="t")
+    )
+    other = ours.beside("https://github.com/acme/data")
+    assert other
+    assert (other.url, other.credential) == ("https://github.com/acme/data", ours.credential)
+    for url in ("https://github.example.com/acme/model", "http://github.com/acme/model", "acme"):
+        assert ours.beside(url) is None, "a token is never sent to another server"

@@ -19,6 +19,7 @@ COMMANDS = {
     "list": "tasks",
     "show": "tasks",
     "logs": "tasks",
+    "ssh": "shell",
     "interrupt": "tasks",
     "destroy": "tasks",
     "gc": "tasks",

@@ -43,7 +43,10 @@ def permissions_(cloud: str, cloud_region: str, output: str, *, doctor: bool) ->
     regions = _regions(cloud_region)
     documents = [_load(cloud, region).permissions(doctor=doctor) for region in regions]
     for document in documents:
-        click.echo(json.dumps(document, indent=2))
+        if output == "json":
+            options.echo_json(document)
+        else:
+            click.echo(json.dumps(document, indent=2))
 
 
 def _regions(text: str) -> list[str]:

@@ -84,9 +84,10 @@ def task_() -> None:
 @options.option("--machine-package-index", metavar="URL", help="Likewise.")
 @options.option("--machine-uv", metavar="URL#sha256=HEX", help="Likewise.")
 @options.option("--detach", is_flag=True, help="Don't wait; print the identifier.")
+@options.option("--json", "as_json", is_flag=True, help="Print JSON, as --output json elsewhere.")
 @click.argument("command", nargs=-1)
 @options.log
-def run_(*, detach: bool, **values: Any) -> None:
+def run_(*, detach: bool, as_json: bool, **values: Any) -> None:
     """Run a script, or a command given after --, and show what it says.
 
     Its exit code is that of the script. On Ctrl-C the task goes on. task.toml here, or
@@ -103,11 +104,15 @@ def run_(*, detach: bool, **values: Any) -> None:
         plan = task.run(order, tell, _transfer("sent"))
     where = f"{order.id} --cloud {order.cloud} --cloud-region {order.region}"
     if detach:
-        click.echo(str(order.id))
+        if as_json:
+            place = {"cloud": order.cloud, "region": order.region}
+            options.echo_json({"id": str(order.id), **place})
+        else:
+            click.echo(str(order.id))
         click.echo(f"cml-runner task logs -f {where} shows what it does", err=True)
         return
     try:
-        _follow(Follow(plan, order.count), where)
+        _follow(Follow(plan, order.count), where, as_json=as_json)
     except RunnerError:
         task.give_up(plan, order.count)
         raise
@@ -165,13 +170,10 @@ def logs_(identifier: str, cloud: str, cloud_region: str, output: str, *, follow
     found = task.find(identifier, cloud, cloud_region)
     count = view.parallelism(found)
     if follow:
-        _follow(task.follow(found), _where(found))
+        _follow(task.follow(found), _where(found), as_json=output == "json")
     for rank in range(count):
         for line in Tail(found.bucket, rank).lines(last=True):
-            if output == "json":
-                options.echo_json({"rank": rank, "line": line.text, "script": line.script})
-            else:
-                _echo(line, several=count > 1)
+            _echo(line, several=count > 1, as_json=output == "json")
 
 
 @task_.command("pull", context_settings=options.SETTINGS)
@@ -249,14 +251,14 @@ def destroy_(
         _done(found, "destroyed", output)
 
 
-def _follow(follow: Follow, where: str) -> None:
+def _follow(follow: Follow, where: str, *, as_json: bool) -> None:
     """Show what is said, and end as the script does."""
     from cml_runner.task.follow import Line
 
     try:
         for line in follow.lines():
             assert isinstance(line, Line)
-            _echo(line, several=follow.count > 1)
+            _echo(line, several=follow.count > 1, as_json=as_json)
     except KeyboardInterrupt:
         click.echo(
             f"the task goes on; to come back: cml-runner task logs -f {where}\n"
@@ -268,7 +270,10 @@ def _follow(follow: Follow, where: str) -> None:
     sys.exit(follow.code)
 
 
-def _echo(line: Line, *, several: bool) -> None:
+def _echo(line: Line, *, several: bool, as_json: bool) -> None:
+    if as_json:
+        options.echo_json({"rank": line.rank, "line": line.text, "script": line.script})
+        return
     click.echo(f"{line.rank}| {line.text}" if several else line.text, err=not line.script)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import datetime, timezone
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,15 @@ import click
 
 from cml_runner import times
 from cml_runner.cli import options
-from cml_runner.errors import ConfigurationError
+from cml_runner.errors import CleanupFailed, ConfigurationError, RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from cml_runner.access import Access
+    from cml_runner.sweep import Report
 
+REPORT = ("id", "kind", "place", "reason", "outcome")
 COLUMNS = ("id", "name", "cloud", "region", "states", "jobs", "age", "left")
 
 
@@ -77,18 +80,36 @@ def logs_(identifier: str, cloud: str, cloud_region: str, output: str, *, follow
 @options.option(
     "--after", default="120", metavar="DURATION", help="Time between the notice and the end."
 )
+@options.option(
+    "--real",
+    is_flag=True,
+    help="Have the cloud's own simulation do it, in earnest, when it likes.",
+)
 @options.place
 @options.common
 def interrupt_(
-    identifier: str, instance: str, after: str, cloud: str, cloud_region: str, output: str
+    identifier: str,
+    instance: str,
+    after: str,
+    cloud: str,
+    cloud_region: str,
+    output: str,
+    *,
+    real: bool,
 ) -> None:
     """Take a spot machine away as its cloud would, to see what happens then."""
     from cml_runner import inventory
 
     found = inventory.find(identifier, cloud, cloud_region)
-    inventory.interrupt(found, instance, times.seconds(after))
+    if real:
+        inventory.evict(found, instance)
+    else:
+        inventory.interrupt(found, instance, times.seconds(after))
     if output == "json":
-        options.echo_json({"id": str(found.id), "after": times.seconds(after)})
+        left = None if real else times.seconds(after)
+        options.echo_json({"id": str(found.id), "after": left})
+    elif real:
+        click.echo(f"{found.id}: the cloud will take a machine away", err=True)
     else:
         click.echo(f"{found.id}: a machine has {times.text(times.seconds(after))} left", err=True)
 
@@ -105,19 +126,23 @@ def destroy_(
 
     Given the repository and a token, what is still registered is taken off the forge too.
     """
-    from cml_runner import inventory
+    from cml_runner import inventory, sweep
 
     several = [inventory.find(text, cloud, cloud_region) for text in identifiers]
     for found in several:
         if found.lease and found.lease.keeps:
             msg = f"{found.id} is a task: cml-runner task destroy fetches its results first"
             raise ConfigurationError(msg)
-    inventory.destroy(several, _access(values))
-    names = [str(found.id) for found in several]
+    report = sweep.destroy(several, _access(values))
     if output == "json":
-        options.echo_json({"destroyed": names})
+        gone = [one.id for one in report.items if one.outcome == "removed"]
+        failed = {one.id: one.error for one in report.items if one.outcome == "failed"}
+        options.echo_json({"destroyed": gone, **({"failed": failed} if failed else {})})
     else:
-        click.echo("\n".join(f"{name}: destroyed" for name in names), err=True)
+        for one in report.items:
+            if one.outcome == "removed":
+                click.echo(f"{one.id}: destroyed", err=True)
+    _complain(report)
 
 
 @click.command("gc", context_settings=options.SETTINGS)
@@ -138,34 +163,48 @@ def gc_(
 
     Given the repository and a token, on the forge too: runners that cml-runner registered, and
     that have been silent for a day. Safe in cron: what is being launched, or within its time, is
-    never touched, nor what others have registered.
+    never touched, nor what others have registered. What can't be looked at is told, and in the
+    exit code.
     """
-    from cml_runner import inventory
+    from cml_runner import sweep
 
     age = times.seconds(older_than)
-    several = inventory.expired(inventory.tasks(cloud, cloud_region), age)
-    if not dry_run:
-        inventory.destroy(several, _access(values))
-    names = [str(found.id) for found in several]
-    names += _sweep(_access(values)(), dry_run=dry_run)
+    report = sweep.Sweep(cloud, cloud_region, age, dry_run, _access(values)).run()
     if output == "json":
-        options.echo_json({"removed": [] if dry_run else names, "found": names})
-    else:
-        verb = "would be removed" if dry_run else "removed"
-        click.echo("\n".join(f"{name}: {verb}" for name in names) or "nothing to remove", err=True)
+        options.echo_json(report.document())
+    elif report.items:
+        _listed(report)
+    elif not report.unseen:
+        click.echo("nothing to remove", err=True)
+    _complain(report)
 
 
-def _sweep(access: Access | None, *, dry_run: bool) -> list[str]:
-    """Take registrations off a forge whose runners are long gone; return their names."""
-    if not access:
-        return []
-    from cml_runner import inventory
+def _listed(report: Report) -> None:
+    """Print what was found: a table on a terminal, on stdout."""
+    from dataclasses import asdict
 
-    forge = access.forge()
-    found = inventory.stale(forge.runners(), inventory.tasks())
-    for runner in () if dry_run else found:
-        forge.unregister(runner)
-    return [one.name for one in found]
+    words = {"found": "would be removed"}
+    rows = [asdict(one) for one in report.items]
+    for row in rows:
+        row["outcome"] = words.get(row["outcome"], row["outcome"])
+    table(REPORT, rows)
+
+
+def _complain(report: Report) -> None:
+    """Say what could not be removed or looked at, and end with the code for it."""
+    places: dict[str, list[str]] = {}
+    for unseen in report.unseen:
+        places.setdefault(unseen.error, []).append(unseen.place)
+    for error, where in places.items():
+        click.echo(f"not looked at: {', '.join(where)}: {error}", err=True)
+    failed = [one for one in report.items if one.outcome == "failed"]
+    for one in failed:
+        if one.kind == "registration":
+            click.echo(f"{one.id} can't be taken off {one.place}: {one.error}", err=True)
+    if costly := [one for one in failed if one.kind != "registration"]:
+        raise CleanupFailed([(one.id, RunnerError(one.error)) for one in costly])
+    if report.code:
+        sys.exit(report.code)
 
 
 def _access(values: Mapping[str, Any]) -> Callable[[], Access | None]:
@@ -209,8 +248,6 @@ def page(details: Mapping[str, Any]) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table on a terminal, and lines of tab-separated values elsewhere."""
-    import sys
-
     if not sys.stdout.isatty():
         for row in rows:
             click.echo("\t".join(_plain(row[column]) for column in columns))

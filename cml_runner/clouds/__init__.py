@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime
 
     from cml_runner.model import Check, Happening, Identifier, Instance, Lease, Notice, Task
@@ -41,6 +42,13 @@ class Resource(Protocol):
         """Delete it and wait until it is gone; one which doesn't exist is deleted already."""
 
 
+class Shell(Protocol):
+    """A way into a machine."""
+
+    def run(self) -> int:
+        """Have the user's terminal until it ends; return its exit code, 0 if nobody tells it."""
+
+
 class Group(Resource, Protocol):
     """The resource that holds a task's machines, and re-creates those that die."""
 
@@ -66,6 +74,20 @@ class Group(Resource, Protocol):
         """Take a machine away as the cloud would: a notice now, its end `after` seconds later.
 
         Where the cloud can't do this by itself, the machine, which has the notice, ends itself.
+        """
+
+    def evict(self, instance: str) -> None:
+        """Have the cloud itself take a spot machine away in earnest, whenever it likes.
+
+        Raises NotFound, or ConfigurationError where the cloud can't be asked for that.
+        """
+
+    def shell(self, instance: str, command: Sequence[str]) -> AbstractContextManager[Shell]:
+        """Open a way into a running machine, for a login shell or a command, and close it again.
+
+        Nothing is open before or afterwards; what a process that dies leaves open closes itself.
+        Raises NotFound; MissingDependency if a program is missing here; ConfigurationError, with
+        what can be done in place of it, where there is no such way.
         """
 
     def console(self) -> str:
@@ -122,6 +144,18 @@ class Cloud(Protocol):
 
     def tasks(self) -> list[Lease]:
         """List the tasks which exist in this region, found by their tags."""
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Look for one task, and tell of it what tasks() would; None if it isn't there."""
+
+    def older(self) -> list[Lease]:
+        """List this region's tasks of terraform-provider-iterative, which can only be deleted.
+
+        plan() takes their identifiers, too. None where they can't be found cheaply.
+        """
+
+    def now(self) -> datetime:
+        """Ask the cloud what time it is: deadlines are kept by its clock, ours may be wrong."""
 
     def setup(self) -> list[str]:
         """Make what all tasks of this account and region share; return the labels of what is new.

@@ -20,7 +20,7 @@ from cml_runner.errors import (
 )
 from cml_runner.launch import USER
 from cml_runner.model import Machine, Program, Script, Settings, Task, names
-from cml_runner.task import files
+from cml_runner.task import files, older
 from cml_runner.task.follow import Follow, results, statuses
 from cml_runner.task.view import parallelism
 
@@ -88,6 +88,10 @@ def give_up(plan: Plan, count: int) -> None:
 
 def find(text: str, cloud: str = "", region: str = "") -> Found:
     """Find a task by its identifier or name. Raises NotFound, also for what is a runner."""
+    if text.startswith(f"{older.PREFIX}-"):
+        for one in older.tasks(cloud, region):
+            if str(one.id) == text:
+                return one
     found = inventory.find(text, cloud, region)
     if not _is_task(found):
         msg = f"{text} is a runner, not a task: see cml-runner show {text}"
@@ -96,8 +100,12 @@ def find(text: str, cloud: str = "", region: str = "") -> Found:
 
 
 def tasks(cloud: str = "", region: str = "") -> list[Found]:
-    """List the tasks which are there, oldest first, with those whose data nobody has destroyed."""
-    return [one for one in inventory.tasks(cloud, region) if _is_task(one)]
+    """List the tasks which are there, oldest first, with those whose data nobody has destroyed.
+
+    Those of terraform-provider-iterative come before ours.
+    """
+    ours = [one for one in inventory.tasks(cloud, region) if _is_task(one)]
+    return [*older.tasks(cloud, region), *ours]
 
 
 def follow(found: Found) -> Follow:
@@ -158,6 +166,9 @@ def destroy(found: Found, directory: Path | None, progress: Progress, *, fetch: 
     Raises what hinders the fetching, and then deletes nothing.
     """
     fetched = 0
+    if older.is_old(found.id):
+        older.destroy(found, fetch=fetch)
+        return fetched
     if fetch:
         with suppress(NotFound):  # it never had any data
             _, fetched = pull(found, directory, progress)

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import store
+from cml_runner.task import older
 from cml_runner.task.follow import results, statuses
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def row(found: Found) -> dict[str, Any]:
 
 def counts(found: Found) -> dict[str, int]:
     """Count machines per state: running, succeeded, failed, stopped, or queued until they come."""
+    if older.is_old(found.id):
+        return older.counts(found)
     bucket, count = found.bucket, parallelism(found)
     done = results(bucket, count)
     said = statuses(bucket, count)

@@ -12,7 +12,7 @@ from cml_runner.clouds.aws import Cloud
 from cml_runner.clouds.aws.machine import INTERRUPT, VARIABLE
 from cml_runner.model import Identifier, Machine, Program, Task
 from cml_runner.wait import until
-from tests.lab.aws import AWS
+from tests.lab.aws import AWS, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -48,6 +48,7 @@ class AwsRig:
         for name, value in aws.environment().items():
             monkeypatch.setenv(name, value)
         self.cloud = Cloud("us-west")
+        sessions.install(monkeypatch)
 
     def task(self, settings: str = "{}", tags: Mapping[str, str] | None = None) -> Task:
         return Task(

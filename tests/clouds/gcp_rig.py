@@ -12,7 +12,7 @@ from cml_runner.clouds.gcp import Cloud
 from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT, VARIABLE
 from cml_runner.model import Identifier, Machine, Program, Task
 from cml_runner.wait import until
-from tests.lab.gcp import GCP
+from tests.lab.gcp import GCP, ssh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,6 +49,7 @@ class GcpRig:
         self.hosts: dict[str, str] = {}  # metadata services of machines
         for name, value in gcp.environment().items():
             monkeypatch.setenv(name, value)
+        ssh.install(monkeypatch)
         self.cloud = Cloud("us-west")
 
     def task(self, settings: str = "{}", tags: Mapping[str, str] | None = None) -> Task:

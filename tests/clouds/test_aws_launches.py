@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cml_runner.forges.local import Forge
+from cml_runner.sweep import Report, Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,3 +114,24 @@ def test_a_dry_run_makes_nothing(aws_rig: AwsRig, cli: Cli, environment: Mapping
     assert "launch template" in done.json["resources"]
     looks = ("Describe", "Get", "List")
     assert all(one.action.startswith(looks) for one in aws_rig.aws.app.calls[before:])
+
+
+def test_at_no_call_of_a_launch_does_gc_touch_it(
+    aws_rig: AwsRig, cli: Cli, environment: Mapping[str, str]
+) -> None:
+    turn, reports = threading.Lock(), []
+
+    def watch(_: Call) -> None:
+        if turn.acquire(blocking=False):  # its own calls come here, too
+            try:
+                reports.append(Sweep("aws", "us-west").run())
+            finally:
+                turn.release()
+
+    aws_rig.aws.app.watch = watch
+    launched = cli.run("launch", *IN_REGION, "--no-wait", environment=environment).json
+    aws_rig.aws.app.watch = lambda _: None
+    assert len(reports) > 5
+    assert [one for one in reports if one != Report()] == []
+    (lease,) = aws_rig.cloud.tasks()
+    assert str(lease.id) == launched["id"]

@@ -665,6 +665,7 @@ ONLY_AT_TIMES = {
     "Microsoft.Compute/virtualMachines/delete",  # what a failed allocation left behind
     "Microsoft.Compute/virtualMachines/read",  # while waiting
     "Microsoft.Compute/virtualMachines/retrieveBootDiagnosticsData/action",  # on trouble
+    "Microsoft.Compute/virtualMachines/simulateEviction/action",  # evict()
     "Microsoft.Insights/autoscalesettings/read",  # resize() of what somebody else launched
     "Microsoft.Insights/eventtypes/values/read",
     "Microsoft.Network/networkInterfaces/read",
@@ -684,6 +685,7 @@ def test_the_least_role_suffices(azure_rig: AzureRig, monkeypatch: pytest.Monkey
     until(lambda: azure_rig.running(plan), "the machine", 5, 0.02)
     assert plan.group.events()
     plan.group.interrupt("", 100)
+    plan.group.evict("")
     assert plan.group.console() == ""
     plan.group.expire(None)
     steps.delete(Cloud("us-west").plan(Task(id=lease.id)).resources)

@@ -83,12 +83,14 @@ def test_a_task_is_created_listed_and_deleted(rig: Rig) -> None:
     task = rig.task(tags={"repo": "owner/repo", "name": "Some Name"})
     plan = rig.launch(1, task)
     (lease,) = rig.cloud.tasks()
+    assert lease == rig.cloud.lease(task.id)
     assert (lease.id, lease.tags) == (task.id, task.tags)
     assert abs(lease.created - before) < timedelta(minutes=1)
     (instance,) = plan.group.instances()
     assert instance.address
     delete(plan)
     assert rig.cloud.tasks() == []
+    assert rig.cloud.lease(task.id) is None
     assert plan.group.instances() == []
 
 
@@ -131,6 +133,11 @@ def test_data_outlive_the_machines(rig: Rig) -> None:
     assert bucket.keys("") == []
 
 
+def test_the_cloud_tells_the_time(rig: Rig) -> None:
+    difference = rig.cloud.now() - datetime.now(timezone.utc)
+    assert abs(difference) < timedelta(minutes=1)
+
+
 def test_the_plan_names_its_parts(rig: Rig) -> None:
     plan = rig.cloud.plan(rig.task())
     assert plan.resources[0] is plan.bucket
@@ -147,7 +154,9 @@ def test_creating_twice_adopts(rig: Rig) -> None:
     first, second = rig.cloud.plan(task), rig.cloud.plan(task)
     assert [resource.create() for resource in first.resources] == [True] * len(first.resources)
     assert [resource.create() for resource in second.resources] == [False] * len(first.resources)
-    assert [lease.id for lease in rig.cloud.tasks()] == [task.id]
+    (lease,) = rig.cloud.tasks()
+    assert (lease.id, lease.launched) == (task.id, False)
+    assert lease == rig.cloud.lease(task.id)
 
 
 def test_deleting_twice_is_no_error_and_needs_the_identifier_alone(rig: Rig) -> None:
@@ -211,11 +220,41 @@ def test_an_interrupted_machine_has_notice_is_gone_in_time_and_comes_back(rig: R
     assert "interruption" in {event.kind for event in plan.group.events()}
 
 
-def test_only_a_machine_that_is_there_can_be_interrupted(rig: Rig) -> None:
+def test_a_spot_machine_is_taken_away_in_earnest_or_it_is_said_why_not(rig: Rig) -> None:
+    plan = rig.launch(1)
+    (machine,) = rig.running(plan)
+    refused = ""
+    try:
+        plan.group.evict(machine)
+    except ConfigurationError as error:
+        refused = str(error)
+    if refused:
+        assert machine in refused
+        assert rig.notice(plan, machine) is None
+    else:
+        assert until(lambda: machine not in instances(plan) or rig.notice(plan, machine))
+
+
+def test_only_a_machine_that_is_there_can_be_interrupted_or_entered(rig: Rig) -> None:
     plan = rig.launch(0)
     for name in ("", "no such machine"):
         with pytest.raises(NotFound):
             plan.group.interrupt(name, 0)
+        with pytest.raises(NotFound):
+            plan.group.evict(name)
+        with pytest.raises(NotFound), plan.group.shell(name, ()):
+            pass
+
+
+def test_a_machine_is_entered_or_it_is_said_how_else(rig: Rig) -> None:
+    plan = rig.launch(1)
+    refused, code = "", None
+    try:
+        with plan.group.shell("", ("true",)) as shell:
+            code = shell.run()
+    except ConfigurationError as error:
+        refused = str(error)
+    assert "az vm run-command" in refused if refused else code == 0
 
 
 def test_the_deadline_ends_everything(rig: Rig) -> None:

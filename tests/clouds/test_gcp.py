@@ -596,6 +596,8 @@ ONLY_AT_TIMES = {
     "compute.instances.getSerialPortOutput",
     "compute.instances.list",
     "compute.zoneOperations.get",  # interrupt()
+    "compute.instances.simulateMaintenanceEvent",  # evict()
+    "iap.tunnelInstances.accessViaIAP",  # shell(), which Google's proxy asks for
     "storage.objects.get",  # list
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from cml_runner.errors import (
     CredentialsError,
     MissingDependency,
     NoCapacity,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -264,3 +266,30 @@ def test_the_token_is_in_no_error(logged_in: Session, server: Server) -> None:
     with pytest.raises(RunnerError) as caught:
         logged_in.items("jobs", patience=0.1)
     assert "abc" not in str(caught.value)
+
+
+# What time it is
+
+
+def test_every_answer_tells_the_time(server: Server, logged_in: Session) -> None:
+    assert server.asked("GET", "/version") == []
+    difference = logged_in.now() - datetime.now(timezone.utc)
+    assert abs(difference) < timedelta(minutes=1)
+
+
+def test_no_answer_tells_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server() as server:
+        monkeypatch.setenv("KUBECONFIG_DATA", config(server, {"token": "abc"}))
+        logged_in = Session()
+    with pytest.raises(RunnerError, match="what time it is"):
+        logged_in.now()
+
+
+@pytest.mark.parametrize(("given", "missing"), [("", True), ("no kubeconfig", False)])
+def test_no_access_is_not_the_same_as_none_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, given: str, *, missing: bool
+) -> None:
+    monkeypatch.setenv("KUBECONFIG_DATA", given)
+    with pytest.raises(CredentialsError) as caught:
+        _ = Session().namespace
+    assert isinstance(caught.value, NoCredentials) is missing

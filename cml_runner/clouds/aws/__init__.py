@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.aws import account, catalogue, checks, machine
+from cml_runner.clouds.aws import account, catalogue, checks, machine, older
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
     Bucket,
@@ -36,6 +36,7 @@ from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from datetime import datetime
 
     from cml_runner.model import Check, Lease, Notice
 
@@ -75,6 +76,18 @@ class Cloud:
     def tasks(self) -> list[Lease]:
         """Read the leases."""
         return leases.listed(claims(self._session))
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read it."""
+        return leases.found(claims(self._session), identifier)
+
+    def older(self) -> list[Lease]:
+        """Know them by their buckets."""
+        return older.tasks(self._session)
+
+    def now(self) -> datetime:
+        """Read the date of an answer."""
+        return self._session.now()
 
     def setup(self) -> list[str]:
         """Make role, instance profile, security group and bucket."""
@@ -135,6 +148,8 @@ class Cloud:
         wait.insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
+        if task.id.prefix == older.PREFIX:
+            return older.plan(self._session, task)
         bucket = Bucket(task, self._session, site)
         settings = leases.Settings(bucket)
         # Whoever deletes doesn't know if there is a key.

@@ -272,6 +272,18 @@ def machine_policy(account: str, partition: str = "aws") -> dict[str, Any]:
                 "Resource": "*",
                 "Condition": {"StringLike": {f"aws:ResourceTag/{TAG}": OURS}},
             },
+            {  # the least with which its agent lets in whoever may call StartSession
+                "Sid": "Shell",
+                "Effect": "Allow",
+                "Action": [
+                    "ssm:UpdateInstanceInformation",
+                    "ssmmessages:CreateControlChannel",
+                    "ssmmessages:CreateDataChannel",
+                    "ssmmessages:OpenControlChannel",
+                    "ssmmessages:OpenDataChannel",
+                ],
+                "Resource": "*",
+            },
         ],
     }
 
@@ -285,6 +297,10 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
     mine = {"StringEquals": {"s3:ResourceAccount": account}} if account != "*" else {}
     requested = {"StringLike": {f"aws:RequestTag/{TAG}": OURS}}
     tagged = {"StringLike": {f"aws:ResourceTag/{TAG}": OURS}}
+    documents = [
+        f"arn:{partition}:ssm:{region}:{account}:document/SSM-SessionManagerRunShell",
+        f"arn:{partition}:ssm:{region}::document/AWS-StartInteractiveCommand",
+    ]
     making = [
         *("CreateLaunchTemplate", "ImportKeyPair", "CreateSecurityGroup"),
         *("RunInstances", "CreateFleet"),
@@ -319,6 +335,19 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
         # https://docs.aws.amazon.com/autoscaling/ec2/userguide/launch-instances-synchronously.html
         ("Fleet", ["ec2:CreateFleet"], [f"{ec2}:*/*", image], {}),
         ("Interrupt", ["ec2:CreateTags"], f"{ec2}:instance/*", tagged),
+        (
+            "Shell",
+            ["ssm:StartSession"],
+            f"{ec2}:instance/*",
+            {"StringLike": {f"ssm:resourceTag/{TAG}": OURS}},
+        ),
+        ("ShellKind", ["ssm:StartSession"], documents, {}),
+        (
+            "OwnShells",
+            ["ssm:TerminateSession", "ssm:ResumeSession"],
+            "*",
+            {"StringLike": {"ssm:resourceTag/aws:ssmmessages:session-id": "${aws:userid}"}},
+        ),
         ("Console", ["ec2:GetConsoleOutput"], f"{ec2}:instance/*", tagged),
         ("Delete", ["ec2:DeleteLaunchTemplate", "ec2:DeleteKeyPair"], "*", tagged),
         (

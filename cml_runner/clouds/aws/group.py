@@ -6,25 +6,34 @@ import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import wait
 from cml_runner.clouds.aws import session as sessions
+from cml_runner.clouds.aws import shell
 from cml_runner.clouds.aws.machine import INTERRUPT
 from cml_runner.clouds.aws.resources import tags
-from cml_runner.errors import AlreadyExists, CredentialsError, NoCapacity, NotFound, RunnerError
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    NoCapacity,
+    NotFound,
+    RunnerError,
+)
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.aws.resources import Bucket
     from cml_runner.clouds.aws.session import Session
     from cml_runner.clouds.aws.site import Site, Subnet
+    from cml_runner.terminal import Program
 
 log = logging.getLogger(__name__)
 
@@ -137,14 +146,25 @@ class Group:
 
     def interrupt(self, instance: str, after: float) -> None:
         """Tag a machine, which learns of it at once, ends its job and itself."""
-        running = [one.id for one in self.instances() if one.status == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.name} has no running machine {name}".rstrip()
-            raise NotFound(msg)
+        name = self._running(instance)
         at = datetime.now(timezone.utc) + timedelta(seconds=after)
         tag = {"Key": INTERRUPT, "Value": at.isoformat(timespec="milliseconds")}
         self.session.call("ec2", "create_tags", Resources=[name], Tags=[tag])
+
+    def evict(self, instance: str) -> None:
+        """Refuse: AWS's Fault Injection Service does it in the name of a role of its own only."""
+        msg = (
+            "--real: on AWS it takes a role and a template of the Fault Injection Service, with the"
+            f" action aws:ec2:send-spot-instance-interruptions for {self._running(instance)};"
+            " without --real the machine gets its notice all the same"
+        )
+        raise ConfigurationError(msg)
+
+    @contextmanager
+    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+        """Begin a session of Session Manager, which needs neither a port nor a key."""
+        with shell.opened(self.session, self._running(instance), command) as program:
+            yield program
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""
@@ -166,6 +186,15 @@ class Group:
                 InstanceId=instance,
                 ShouldDecrementDesiredCapacity=True,
             )
+
+    def _running(self, instance: str) -> str:
+        """Name a machine that runs; without a name, the first. Raises NotFound."""
+        running = [one.id for one in self.instances() if one.status == "running"]
+        name = instance or next(iter(running), "")
+        if name not in running:
+            msg = f"{self.name} has no running machine {name}".rstrip()
+            raise NotFound(msg)
+        return name
 
     @property
     def session(self) -> Session:

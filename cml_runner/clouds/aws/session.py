@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import times
 from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
@@ -103,6 +104,11 @@ class Session:
                 self._account = Account(found["Account"], found["Arn"].split(":")[1], found["Arn"])
             return self._account
 
+    def now(self) -> datetime:
+        """Ask AWS what time it is; that needs no permission."""
+        found = self.call("sts", "get_caller_identity")
+        return times.of_header(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+
     def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
         """Make one call; the SDK tries again where that makes sense.
 
@@ -125,6 +131,11 @@ class Session:
         with translated(service):
             pages = self._client(service).get_paginator(operation).paginate(**arguments)
             return [one for page in pages for one in page[key]]
+
+    def endpoint(self, service: str) -> str:
+        """Say where a service is."""
+        with translated(service):
+            return str(self._client(service).meta.endpoint_url)
 
     def credentials(self) -> dict[str, Any]:
         """Return what signs requests to S3, in obstore's terms; it asks again when they expire."""

@@ -19,8 +19,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import clouds, leases, store
-from cml_runner.clouds.azure import account, catalogue, checks, leaving, machine, virtual
+from cml_runner import clouds, leases, store, web
+from cml_runner.clouds.azure import account, arm, catalogue, checks, leaving, machine, virtual
 from cml_runner.clouds.azure.account import Place
 from cml_runner.clouds.azure.group import Group
 from cml_runner.clouds.azure.resources import (
@@ -36,6 +36,7 @@ from cml_runner.model import Identifier, Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from datetime import datetime
 
     from cml_runner.model import Check, Lease, Notice
 
@@ -83,12 +84,21 @@ class Cloud:
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
-        place = Place(self._session.subscription, self.region)
-        self._session.credentials()  # or it is told that there are none
-        if not exists(place):
-            return []
-        objects = store.Store(lease_url(place), self._session.credentials)
-        return leases.listed(objects)
+        objects = self._leases()
+        return leases.listed(objects) if objects else []
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read it."""
+        objects = self._leases()
+        return leases.found(objects, identifier) if objects else None
+
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
+    def now(self) -> datetime:
+        """Read the date of an answer, which may be a refusal."""
+        return web.clock(arm.endpoint())
 
     def setup(self) -> list[str]:
         """Make resource group, network, identity with its role, and storage."""
@@ -127,6 +137,14 @@ class Cloud:
     def leave(self, identifier: Identifier, *, last: bool) -> None:
         """Delete this machine and have none in its place or, as the last, delete everything."""
         leaving.leave(self.region, identifier, last=last)
+
+    def _leases(self) -> store.Store | None:
+        """Open what says which tasks there are; None where there have never been any."""
+        place = Place(self._session.subscription, self.region)
+        self._session.credentials()  # or it is told that there are none
+        if not exists(place):
+            return None
+        return store.Store(lease_url(place), self._session.credentials)
 
     def _site(self, task: Task) -> Site:
         """Understand what machines are asked for. Raises ConfigurationError with every mistake."""

@@ -57,6 +57,7 @@ LAUNCHER = [
     "Microsoft.Compute/virtualMachines/read",
     "Microsoft.Compute/virtualMachines/delete",
     "Microsoft.Compute/virtualMachines/retrieveBootDiagnosticsData/action",
+    "Microsoft.Compute/virtualMachines/simulateEviction/action",
     "Microsoft.Insights/autoscalesettings/read",
     "Microsoft.Insights/autoscalesettings/write",
     "Microsoft.Insights/autoscalesettings/delete",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,20 @@ from cml_runner import wait
 from cml_runner.clouds.azure import arm, autoscale, states, virtual
 from cml_runner.clouds.azure.machine import INTERRUPT
 from cml_runner.clouds.azure.resources import tags
-from cml_runner.errors import AlreadyExists, CredentialsError, NoCapacity, NotFound, RunnerError
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    NoCapacity,
+    NotFound,
+    RunnerError,
+)
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from cml_runner.clouds import Resource
+    from cml_runner.clouds import Resource, Shell
     from cml_runner.clouds.azure.resources import Bucket
     from cml_runner.clouds.azure.session import Operation, Session
     from cml_runner.clouds.azure.site import Site
@@ -118,11 +126,7 @@ class Group:
 
     def interrupt(self, instance: str, after: float) -> None:
         """Tag a machine, which learns of it, ends its job and itself."""
-        running = [one["name"] for one in self._machines() if states.status(one) == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.name} has no running machine {name}".rstrip()
-            raise NotFound(msg)
+        name = str(self._running(instance)["name"])
         now = datetime.now(timezone.utc)
         at = now + timedelta(seconds=after)
         tag = {INTERRUPT: at.isoformat(timespec="milliseconds")}
@@ -131,6 +135,37 @@ class Group:
         self.session.call("resource", "tags", "begin_update_at_scope", machine, body)
         record = Happening(at=now, kind="interruption", message=f"{name} was interrupted")
         self.bucket.store.save(f"{RECORD}{name}.json", record)
+
+    def evict(self, instance: str) -> None:
+        """Have Azure evict a spot machine, which it does within half an hour."""
+        found = self._running(instance)
+        name = found["name"]
+        if found["properties"].get("priority") != "Spot":
+            msg = f"--real: {name} is no spot machine; without --real it goes all the same"
+            raise ConfigurationError(msg)
+        where = (MACHINES, "simulate_eviction", self.bucket.place.group)
+        self.session.call("compute", *where, name)
+
+    @contextmanager
+    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Shell]:
+        """Refuse, and say how Azure's own program does it.
+
+        A rule of the security group would outlive a process that dies, and it is all machines'.
+        """
+        name = self._running(instance)["name"]
+        where = f"--resource-group {self.bucket.place.group} --name {name}"
+        script = shlex.quote(shlex.join(command or ("COMMAND",)))
+        msg = (
+            "on Azure nothing leads to a machine; az has commands run on it, as root:\n"
+            f"  az vm run-command invoke {where} --command-id RunShellScript --scripts {script}\n"
+            "a shell takes Azure Bastion in the machines' network, and a key:\n"
+            f"  az vm user update {where} --username azureuser --ssh-key-value KEY.pub\n"
+            f"  az network bastion ssh --name BASTION --resource-group {self.bucket.place.group}"
+            f" --target-resource-id {self.bucket.place.id('Compute/virtualMachines', name)}"
+            " --auth-type ssh-key --username azureuser --ssh-key KEY"
+        )
+        raise ConfigurationError(msg)
+        yield
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""
@@ -262,6 +297,14 @@ class Group:
         with suppress(NotFound):
             return self.session.pages("compute", *where, filter=ours, expand="instanceView")
         return []
+
+    def _running(self, instance: str) -> dict[str, Any]:
+        """Find a machine that runs; without a name, the first. Raises NotFound."""
+        for one in self._machines():
+            if states.status(one) == "running" and instance in (one["name"], ""):
+                return one
+        msg = f"{self.name} has no running machine {instance}".rstrip()
+        raise NotFound(msg)
 
     def _network(self, kind: str) -> list[dict[str, Any]]:
         with suppress(NotFound):

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys, leases, wait
+from cml_runner import bootstrap, clouds, keys, leases, wait, web
 from cml_runner.clouds.gcp import account, catalogue, checks, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
@@ -70,13 +70,19 @@ class Cloud:
 
     def tasks(self) -> list[Lease]:
         """Read the leases."""
-        objects = opened(
-            self._session.project,
-            leases.LEASES,
-            self.region,
-            credentials=self._session.credentials,
-        )
-        return leases.listed(objects)
+        return leases.listed(self._leases)
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read it."""
+        return leases.found(self._leases, identifier)
+
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
+    def now(self) -> datetime:
+        """Read the date of an answer, which may be a refusal."""
+        return web.clock("https://storage.googleapis.com/")
 
     def setup(self) -> list[str]:
         """Make service account, role, firewall rule and bucket."""
@@ -137,6 +143,11 @@ class Cloud:
         )
         for step in steps:
             wait.insist(step)
+
+    @property
+    def _leases(self) -> Store:
+        place = (self._session.project, leases.LEASES, self.region)
+        return opened(*place, credentials=self._session.credentials)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(task, self._session, site)

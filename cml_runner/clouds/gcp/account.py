@@ -5,6 +5,7 @@ The pieces are made once and never deleted by us; making them again changes noth
     service account cml-runner       what machines are; may use our bucket and end our groups
     role cml_runner_machine          that it has in the project
     firewall rule cml-runner         lets nothing in, whatever other rules allow
+    firewall rule cml-runner-iap     lets Google's proxy in to a machine, while it has that tag
     bucket cml-runner-PROJECT        private, forgets everything after 30 days
 
 The bucket is made last, so that its existence stands for all of them.
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACCOUNT = NETWORK_TAG = FIREWALL = "cml-runner"
+IAP = "cml-runner-iap"  # firewall rule, and the tag of machines for which it holds
+PROXY = "35.235.240.0/20"  # https://cloud.google.com/iap/docs/using-tcp-forwarding
 ROLE, LAUNCHER = "cml_runner_machine", "cml_runner_launcher"
 LABEL = "cml-runner-id"  # on all that belongs to one task; the value is its identifier
 OURS = "cml-"  # all names of runners' groups, templates and machines begin so
@@ -78,12 +81,14 @@ LAUNCHER_PERMISSIONS = (
     "compute.instances.setMetadata",
     "compute.instances.setServiceAccount",
     "compute.instances.setTags",
+    "compute.instances.simulateMaintenanceEvent",  # interrupt --real
     "compute.machineTypes.list",
     "compute.networks.updatePolicy",  # --cloud-ssh-private
     "compute.regionOperations.get",
     "compute.subnetworks.use",
     "compute.subnetworks.useExternalIp",
     "compute.zoneOperations.get",
+    "iap.tunnelInstances.accessViaIAP",  # ssh
     "storage.buckets.list",
     "storage.objects.create",
     "storage.objects.delete",
@@ -199,6 +204,7 @@ class Shared:
             ("what the service account may do", self._grant),
             ("what Google's own agent may do with it", self._lend),
             (f"firewall rule {FIREWALL}", self._firewall),
+            (f"firewall rule {IAP}", self._proxied),
             (f"bucket {self.bucket}", self._bucket),
         ]
         for label, make in steps:
@@ -286,14 +292,28 @@ class Shared:
         return True
 
     def _firewall(self) -> bool:
-        if self.has_firewall():
+        return self._insert(
+            {
+                **self._rule(FIREWALL, "nothing comes in"),
+                "priority": PRIORITY,
+                "source_ranges": ["0.0.0.0/0"],
+                "denied": [{"I_p_protocol": "all"}],
+            }
+        )
+
+    def _proxied(self) -> bool:
+        return self._insert(
+            {
+                **self._rule(IAP, "port 22 from Google's proxy"),
+                "priority": PRIORITY - 1,
+                "source_ranges": [PROXY],
+                "allowed": [{"I_p_protocol": "tcp", "ports": ["22"]}],
+            }
+        )
+
+    def _insert(self, rule: dict[str, Any]) -> bool:
+        if self.has_firewall(rule["name"]):
             return False
-        rule = {
-            **self._rule(FIREWALL, "nothing comes in"),
-            "priority": PRIORITY,
-            "source_ranges": ["0.0.0.0/0"],
-            "denied": [{"I_p_protocol": "all"}],
-        }
         try:
             self._session.change("Firewalls", "insert", firewall_resource=rule)
         except AlreadyExists:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import wait
-from cml_runner.clouds.gcp import happenings
+from cml_runner.clouds.gcp import happenings, shell
 from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT
-from cml_runner.errors import AlreadyExists, NotFound, RunnerError
+from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound, RunnerError
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.gcp.resources import Bucket, Template
     from cml_runner.clouds.gcp.session import Session
     from cml_runner.clouds.gcp.site import Site
+    from cml_runner.terminal import Program
 
 log = logging.getLogger(__name__)
 
@@ -121,18 +122,30 @@ class Group:
 
     def interrupt(self, instance: str, after: float) -> None:
         """Mark a machine in its metadata: it learns of it at once, ends its job and itself."""
-        running = [one for one in self._instances() if one.status == "RUNNING"]
-        found = [one for one in running if instance in (str(one.id), one.name, "")]
-        if not found:
-            msg = f"{self.name} has no running machine {instance}".rstrip()
-            raise NotFound(msg)
+        found = self._running(instance)
         now = datetime.now(timezone.utc)
         at = now + timedelta(seconds=after)
-        self._mark(found[0], INTERRUPT, at)
-        message = f"{found[0].name} was interrupted on demand"
+        self._mark(found, INTERRUPT, at)
+        message = f"{found.name} was interrupted on demand"
         happening = Happening(at=now, kind="interruption", message=message)
         older = self.bucket.store.load(happenings.OWN, list[Happening]) or []
         self.bucket.store.save(happenings.OWN, [*older, happening])
+
+    def evict(self, instance: str) -> None:
+        """Simulate a maintenance event, in which Compute Engine preempts a spot machine."""
+        found = self._running(instance)
+        if found.scheduling.provisioning_model != "SPOT":
+            msg = f"--real: {found.name} is no spot machine; without --real it goes all the same"
+            raise ConfigurationError(msg)
+        where = {"instance": found.name, "zone": _zone(found)}
+        self.session.begin("Instances", "simulate_maintenance_event", **where)
+
+    @contextmanager
+    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+        """Let Google's proxy in to the machine meanwhile, with a key made for the occasion."""
+        number = str(self._running(instance).id)
+        with shell.opened(self.session, lambda: self._running(number), command) as program:
+            yield program
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""
@@ -227,6 +240,15 @@ class Group:
                 "items": [{"key": name, "value": value} for name, value in items.items()],
             },
         )
+
+    def _running(self, instance: str) -> Any:
+        """Find a machine that runs; without a name, the first. Raises NotFound."""
+        running = [one for one in self._instances() if one.status == "RUNNING"]
+        found = [one for one in running if instance in (str(one.id), one.name, "")]
+        if not found:
+            msg = f"{self.name} has no running machine {instance}".rstrip()
+            raise NotFound(msg)
+        return found[0]
 
     def _is_there(self) -> bool:
         try:

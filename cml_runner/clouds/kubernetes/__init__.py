@@ -24,12 +24,13 @@ from cml_runner import bootstrap, clouds
 from cml_runner.clouds.kubernetes import catalogue, checks, container, machine, pod, secret
 from cml_runner.clouds.kubernetes.job import Group, Job, lease, tidy
 from cml_runner.clouds.kubernetes.session import Session
-from cml_runner.errors import ConfigurationError, CredentialsError
+from cml_runner.errors import ConfigurationError, CredentialsError, NotFound
 from cml_runner.model import Task
 from cml_runner.store import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from datetime import datetime
 
     from cml_runner.model import Check, Identifier, Lease, Notice, Program
     from cml_runner.store import Store
@@ -95,11 +96,25 @@ class Cloud:
         found = []
         for one in self._session.items("jobs", patience=BRIEF, labelSelector=selector):
             with suppress(ConfigurationError):
-                there = pod.keeps(one) or not pod.over(one)
-                if there and "deletionTimestamp" not in one["metadata"]:
+                if _is_there(one):
                     found.append(lease(one))
                     tidy(self._session, one)
         return found
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read its Job."""
+        with suppress(NotFound):
+            found = self._session.call("GET", "jobs", str(identifier))
+            return lease(found) if _is_there(found) else None
+        return None
+
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
+    def now(self) -> datetime:
+        """Read the date of an answer of the API server."""
+        return self._session.now()
 
     def setup(self) -> list[str]:
         """Make nothing, since the tasks share nothing; see if we may do what has to be done."""
@@ -157,6 +172,12 @@ class Cloud:
 
     def leave(self, identifier: Identifier, *, last: bool) -> None:
         """Do nothing: a pod leaves by ending well, and a Job is over with its last pod."""
+
+
+def _is_there(job: Mapping[str, Any]) -> bool:
+    """Say if a Job isn't over, or keeps data."""
+    there = pod.keeps(job) or not pod.over(job)
+    return there and "deletionTimestamp" not in job["metadata"]
 
 
 def _start(program: Program, bucket: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import secrets
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from cml_runner import wait
 from cml_runner.clouds.kubernetes import pod
 from cml_runner.clouds.kubernetes.pod import keeps, over
+from cml_runner.clouds.kubernetes.shell import Shell
 from cml_runner.clouds.kubernetes.words import Words, forget, terminated
 from cml_runner.errors import AlreadyExists, NotFound
 from cml_runner.model import Happening, Identifier, Instance, Lease
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.kubernetes.session import Session
@@ -213,11 +214,7 @@ class Group:
 
     def interrupt(self, instance: str, after: float) -> None:
         """Evict a pod, as whoever drains a node does."""
-        running = [one.id for one in self.instances() if one.status == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.job.name} has no running pod {name}".rstrip()
-            raise NotFound(msg)
+        name = self._running(instance)
         body = {
             "apiVersion": "policy/v1",
             "kind": "Eviction",
@@ -226,6 +223,15 @@ class Group:
         }
         self.job.session.call("POST", "pods", f"{name}/eviction", body)
 
+    def evict(self, instance: str) -> None:
+        """Evict a pod: that is in earnest, whoever asks for it."""
+        self.interrupt(instance, pod.GRACE)
+
+    @contextmanager
+    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Shell]:
+        """Run it in the pod; nothing has to be opened for that."""
+        yield Shell(self.job.session, self._running(instance), command)
+
     def console(self) -> str:
         """Return the log of the pod that ended last or, if none has, of the youngest."""
         pods = self.job.store.pods()
@@ -233,6 +239,15 @@ class Group:
         last = max(ended, key=lambda one: str(terminated(one).get("finishedAt")), default=None)
         chosen = last or next(reversed(pods), None)
         return self.job.store.said(chosen) if chosen else ""
+
+    def _running(self, instance: str) -> str:
+        """Name a pod that runs; without a name, the first. Raises NotFound."""
+        running = [one.id for one in self.instances() if one.status == "running"]
+        name = instance or next(iter(running), "")
+        if name not in running:
+            msg = f"{self.job.name} has no running pod {name}".rstrip()
+            raise NotFound(msg)
+        return name
 
     def _check(self) -> None:
         """See if the Job can have pods. Raises NotFound.
@@ -272,6 +287,7 @@ def lease(found: Mapping[str, Any]) -> Lease:
         expires=expires,
         tags=json.loads(notes.get(TAGS, "{}")),
         keeps=launched and keeps(found),
+        launched=launched,
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from cml_runner import times
 from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
@@ -34,6 +35,7 @@ from cml_runner.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     from kubernetes.client import ApiClient
     from websocket import WebSocket
@@ -111,6 +113,22 @@ class Session:
             if not more:
                 return found
 
+    def now(self) -> datetime:
+        """Ask the API server what time it is; every answer says so. Raises RunnerError."""
+        from urllib3 import Timeout  # noqa: PLC0415
+        from urllib3.exceptions import HTTPError  # noqa: PLC0415
+
+        api = self._login[0]
+        url, patience = f"{api.configuration.host}/version", Timeout(connect=CONNECT, read=READ)
+        try:
+            answer = api.rest_client.pool_manager.request(
+                "GET", url, headers=self._token(), timeout=patience, retries=False
+            )
+            return times.of_header(answer.headers["Date"])
+        except (HTTPError, KeyError, ValueError) as error:
+            msg = f"the cluster doesn't say what time it is: {error}"
+            raise RunnerError(msg) from error
+
     def may(self, group: str, resource: str, verb: str) -> bool:
         """Ask if we are allowed to do something in the namespace."""
         resource, _, part = resource.partition("/")
@@ -134,8 +152,12 @@ class Session:
         )
         return found
 
-    def run(self, pod: str, container: str, command: Sequence[str]) -> WebSocket:
+    def run(
+        self, pod: str, container: str, command: Sequence[str], *, terminal: bool = False
+    ) -> WebSocket:
         """Start a command in a pod; its streams are channels of one connection.
+
+        With a terminal there is one stream for all that it says.
 
         Raises NotFound, CredentialsError, or RunnerError.
         """
@@ -144,7 +166,8 @@ class Session:
 
         client: Any = ws_client  # whose functions bear no types
         configuration = self._login[0].configuration
-        streams = [(name, "true") for name in ("stdin", "stdout", "stderr")]
+        names = ("stdin", "stdout", "tty" if terminal else "stderr")
+        streams = [(name, "true") for name in names]
         asked = [*(("command", one) for one in command), ("container", container), *streams]
         path = f"{_base('pods')}/namespaces/{self.namespace}/pods/{pod}/exec?{urlencode(asked)}"
         headers = {key.lower(): value for key, value in self._token().items()}

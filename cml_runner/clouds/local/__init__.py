@@ -40,6 +40,7 @@ from cml_runner.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from cml_runner.model import Check, Task
 
@@ -97,6 +98,21 @@ class Cloud:
                     with suppress(RunnerError):  # it is listed all the same
                         wake(directory)
         return found
+
+    def lease(self, identifier: Identifier) -> Lease | None:
+        """Read its claim."""
+        with suppress(FileNotFoundError):
+            claim = records.claim(self.region / str(identifier))
+            return _lease(identifier, claim) if claim else None
+        return None
+
+    def older(self) -> list[Lease]:
+        """Know none."""
+        return []
+
+    def now(self) -> datetime:
+        """Look at this computer's clock, which is the cloud's."""
+        return files.now()
 
     def setup(self) -> list[str]:
         """Make nothing: the tasks share nothing."""
@@ -175,4 +191,5 @@ def _lease(identifier: Identifier, claim: records.Claim) -> Lease:
         expires=expires,
         tags=claim.tags,
         keeps=claim.keeps and claim.launched,
+        launched=claim.launched,
     )

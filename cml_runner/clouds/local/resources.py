@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -17,18 +17,22 @@ import psutil
 
 from cml_runner.clouds.local import files, processes, records
 from cml_runner.clouds.local.keeper import Keeper, wake
+from cml_runner.clouds.local.machine import environment
 from cml_runner.clouds.local.records import Wish
 from cml_runner.errors import ConfigurationError, NotFound
 from cml_runner.model import Happening, Identifier, Instance, Notice
 from cml_runner.store import Store
+from cml_runner.terminal import Program
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
     from pathlib import Path
 
     from cml_runner.clouds import Resource
     from cml_runner.model import Task
 
+NOTICE = 30.0  # seconds, as short as any cloud's
 RECORD_KEPT = timedelta(days=7)
 
 
@@ -212,14 +216,23 @@ class Group:
     @files.translated()
     def interrupt(self, instance: str, after: float) -> None:
         """Write the notice; the keeper will see to it. No name stands for the first machine."""
-        running = [one.id for one in self.instances() if one.status == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.directory.name} has no running machine {name}".rstrip()
-            raise NotFound(msg)
+        name = self._running(instance)
         notice = Notice(reason="spot interruption", deadline=files.now() + timedelta(seconds=after))
         files.save(self.directory / "machines" / name / "notice.json", notice)
         wake(self.directory)
+
+    def evict(self, instance: str) -> None:
+        """Write the notice that machines have here in earnest, too."""
+        self.interrupt(instance, NOTICE)
+
+    @contextmanager
+    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+        """Run it as a part of the machine: in its directory, and it ends with the machine."""
+        directory = self.directory / "machines" / self._running(instance)
+        variables = {**environment(), processes.VARIABLE: str(directory)}
+        variables["TERM"] = os.environ.get("TERM", "dumb")
+        arguments = tuple(command) or (os.environ.get("SHELL") or "/bin/sh",)
+        yield Program(arguments, variables, directory, alone=True)
 
     @files.translated()
     def console(self) -> str:
@@ -232,6 +245,15 @@ class Group:
 
         newest = max(written, key=order, default=None)
         return (newest / "console.log").read_text(errors="replace") if newest else ""
+
+    def _running(self, instance: str) -> str:
+        """Name a machine that runs; without a name, the first. Raises NotFound."""
+        running = [one.id for one in self.instances() if one.status == "running"]
+        name = instance or next(iter(running), "")
+        if name not in running:
+            msg = f"{self.directory.name} has no running machine {name}".rstrip()
+            raise NotFound(msg)
+        return name
 
     @property
     def _missing(self) -> NotFound:

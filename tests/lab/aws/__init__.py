@@ -30,6 +30,7 @@ from tests.lab.aws.front import Fault, Front, Principal
 from tests.lab.aws.imds import Metadata
 from tests.lab.aws.instances import ACCOUNT, Instances, Nobody
 from tests.lab.aws.oracle import Oracle
+from tests.lab.aws.sessions import Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +57,7 @@ class AWS:
         self._moto = DomainDispatcherApplication(create_backend_app)
         self.instances = Instances(self._client, machines or Nobody())
         self.groups = AutoScaling(self.instances)
+        self.sessions = Sessions(self.instances, self._policies)
         self.app = Front(self, self._moto)
         self.oracle = Oracle(self)
         self.owners: dict[str, str] = {}  # of buckets that are somebody else's

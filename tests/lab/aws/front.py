@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from socket import SHUT_RDWR
@@ -28,6 +30,7 @@ PARAMETERS = {
     UBUNTU.format("arm64"): "ami-0aaaaaaaaaaaaaaa2",
     NVIDIA.format("x86_64"): "ami-0aaaaaaaaaaaaaaa4",
 }
+JSON = "application/x-amz-json-1.1"
 LOST = "lost"  # the code of a fault: the call is carried out, but its answer never comes
 
 
@@ -86,6 +89,7 @@ class Front:
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     principals: dict[str, Principal] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         began = time.monotonic()
@@ -145,8 +149,10 @@ class Front:
         elif call.action == "PutBucketPolicy":  # moto would apply it without its conditions
             self.aws.bucket_policies[call.bucket] = json.loads(body)
             found = "204 No Content", xml, b""
-        elif call.service == "ssm" and call.action == "GetParameter":
-            found = "200 OK", [("Content-Type", "application/x-amz-json-1.1")], _parameter(body)
+        elif call.service == "ssm":
+            parameter = call.action == "GetParameter"
+            content = _parameter(body) if parameter else self.aws.sessions.serve(call)
+            found = "200 OK", [("Content-Type", JSON)], content
         else:
             found = self._elsewhere(call, environ, body)
         if lost:
@@ -160,8 +166,9 @@ class Front:
             kind = "text/xml" if call.form else "application/x-amz-json-1.1"
             content = self.aws.oracle.answer(call, self.principals[call.key])
             return "200 OK", [("Content-Type", kind)], content
-        self._refuse(call)
-        found = self._ask_moto(environ, body)
+        with self.lock if call.action == "DeleteLaunchTemplate" else nullcontext():
+            self._refuse(call)
+            found = self._ask_moto(environ, body)
         if call.action == "TerminateInstances":
             self.aws.instances.sweep()
         return found
@@ -175,7 +182,8 @@ class Front:
             from moto.s3.models import s3_backends
 
             there = call.bucket in s3_backends[ACCOUNT]["aws"].buckets
-            if not there and call.action != "CreateBucket" and call.bucket not in self.aws.owners:
+            new = call.action in ("CreateBucket", "ListAllMyBuckets")
+            if not there and not new and call.bucket not in self.aws.owners:
                 raise ApiError("NoSuchBucket", "The specified bucket does not exist", 404)
             owner = self.aws.owners.get(call.bucket, ACCOUNT)
             expected = call.headers.get("x-amz-expected-bucket-owner", owner)
@@ -227,6 +235,8 @@ class Front:
             yield from self._groups(call, action)
         elif call.service == "ec2":
             yield from self._ec2(call, action)
+        elif call.service == "ssm" and call.action != "GetParameter":
+            yield from self.aws.sessions.requests(call)
         elif call.service == "ssm":
             name = json.loads(call.body)["Name"]
             yield Request(action, f"arn:aws:ssm:{call.region}::parameter{name}")

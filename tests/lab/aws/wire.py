@@ -57,6 +57,7 @@ class Call:
 
 
 SUBRESOURCES = {
+    "location": "BucketLocation",
     "encryption": "EncryptionConfiguration",
     "lifecycle": "LifecycleConfiguration",
     "policy": "BucketPolicy",
@@ -105,9 +106,10 @@ def _s3(call: Call) -> Call:
     verb = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "DELETE": "Delete", "POST": "Delete"}
     action = verb[call.method] + what
     if what == "Bucket":
-        action = {"GET": "ListBucket", "HEAD": "ListBucket", "PUT": "CreateBucket"}.get(
-            call.method, "DeleteObject"
-        )
+        actions = {"GET": "ListBucket", "HEAD": "ListBucket", "PUT": "CreateBucket"}
+        action = {**actions, "DELETE": "DeleteBucket"}.get(call.method, "DeleteObject")
+    if not call.bucket:
+        action = "ListAllMyBuckets"
     return Call(**{**vars(call), "action": action})
 
 
@@ -120,6 +122,13 @@ def arguments(call: Call) -> dict[str, Any]:
         raise ApiError("ValidationError", f"unknown parameters: {', '.join(unknown)}")
     _check(found, operation.input_shape, "the request")
     return found or {}
+
+
+def checked(call: Call) -> dict[str, Any]:
+    """Read a request of a JSON protocol. Raises ApiError if it isn't as described."""
+    found: dict[str, Any] = json.loads(call.body)
+    _check(found, _model(call.service).operation_model(call.action).input_shape, "the request")
+    return found
 
 
 def answer(service: str, action: str, result: dict[str, Any]) -> bytes:

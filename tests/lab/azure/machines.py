@@ -191,6 +191,7 @@ class Fleet:
                 "timeCreated": _text(life.made),
                 "virtualMachineScaleSet": {"id": life.owner},
                 "hardwareProfile": {"vmSize": life.instance.type},
+                "priority": "Spot" if life.instance.spot else "Regular",
                 "instanceView": {"statuses": statuses},
             },
         }

@@ -33,6 +33,7 @@ STATUS = {  # of what always answers with the same, be it new or not
     "Microsoft.Authorization/roleDefinitions": 201,
     "Microsoft.Storage/storageAccounts/managementPolicies": 200,
 }
+NOTICE = 0.5  # seconds between the notice of a simulated eviction and the eviction
 STATEFUL = {
     SCALE_SETS,
     "Microsoft.Network/networkSecurityGroups",
@@ -205,6 +206,9 @@ class Manager:
         if call.path.endswith("/retrieveBootDiagnosticsData"):
             where = f"{self._azure.manager_url}/serial/{name}"
             return 200, [], {"serialConsoleLogBlobUri": f"{where}?sig=secret"}
+        if call.path.endswith("/simulateEviction"):
+            self.fleet.evict(name, after=NOTICE)
+            return 204, [], None
         if call.path.endswith("/deallocate"):
             self.fleet.deallocate(name)
         else:

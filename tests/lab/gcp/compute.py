@@ -23,6 +23,7 @@ PROJECT = "acme-ci"
 BASE = "https://www.googleapis.com/compute/v1/projects"
 TURN = 0.05  # seconds between two looks at all groups
 MOMENT = 0.02  # seconds that an operation takes
+NOTICE = 0.5  # seconds that a machine has left when its preemption is simulated
 AGAIN = 0.5  # seconds before a group that could start nothing tries again
 ZONES = {
     "us-west1": "abc", "us-east1": "bcd", "europe-west1": "bcd", "europe-north1": "abc",
@@ -383,9 +384,25 @@ class Compute:
         one.version += 1
         return self._operation("setMetadata", self._where(one), query, one.id)
 
+    def instances_setTags(
+        self, where: dict[str, str], body: Any, query: dict[str, str], **_: Any
+    ) -> Any:
+        one = self._instance(where)
+        if body.get("fingerprint") != _mark(one):
+            raise ApiError(412, "conditionNotMet", "Supplied fingerprint does not match current.")
+        one.tags = body.get("items", [])
+        return self._operation("setTags", self._where(one), query, one.id)
+
     def instances_getSerialPortOutput(self, where: dict[str, str], **_: Any) -> Any:
         text = self._instance(where).console
         return {"kind": "compute#serialPortOutput", "contents": text, "start": "0", "next": "0"}
+
+    def instances_simulateMaintenanceEvent(
+        self, where: dict[str, str], query: dict[str, str], **_: Any
+    ) -> Any:
+        one = self._instance(where)
+        self.preempt(one.id, NOTICE)
+        return self._operation("simulateMaintenanceEvent", self._where(one), query, one.id)
 
     def instances_delete(self, where: dict[str, str], query: dict[str, str], **_: Any) -> Any:
         one = self._instance(where)
@@ -591,6 +608,8 @@ class Compute:
             "creationTimestamp": _text(one.created),
             "networkInterfaces": [card],
             "labels": one.labels,
+            "tags": {"fingerprint": _mark(one), "items": one.tags},
+            "scheduling": {"provisioningModel": "SPOT" if one.spot else "STANDARD"},
             "metadata": {"fingerprint": _fingerprint(one), "items": items},
         }
 
@@ -671,6 +690,10 @@ def _warning(scope: str) -> dict[str, Any]:
 
 def _nothing(found: dict[str, Any]) -> dict[str, Any]:
     return {} if found else {"global": _warning("global")}
+
+
+def _mark(one: Instance) -> str:
+    return f"tags{len(one.tags):02}="
 
 
 def _fingerprint(one: Instance) -> str:

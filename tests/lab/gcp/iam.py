@@ -29,6 +29,8 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "compute.instances.delete": ("compute.instances.delete",),
     "compute.instances.getSerialPortOutput": ("compute.instances.getSerialPortOutput",),
     "compute.instances.setMetadata": ("compute.instances.setMetadata",),
+    "compute.instances.setTags": ("compute.instances.setTags",),
+    "compute.instances.simulateMaintenanceEvent": ("compute.instances.simulateMaintenanceEvent",),
     "compute.machineTypes.aggregatedList": ("compute.machineTypes.list",),
     "compute.regionInstanceGroupManagers.abandonInstances": (
         "compute.instanceGroupManagers.update",
