@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +20,7 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
-from cml_runner.model import Identifier, Instance, Lease, Status, Task, names
+from cml_runner.model import Identifier, Instance, Lease, Status, Task, made_up, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -305,18 +304,10 @@ def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:
         for one in runners
         if not one.online
         and one.name not in kept
-        and (one.ours or _is_ours(one.name))
+        and (one.ours or made_up(one.name))
         and one.seen
         and one.seen < oldest
     ]
-
-
-def _is_ours(name: str) -> bool:
-    """Know a name that was made up by us, with what is added to it for more than one runner."""
-    for text in (name, re.sub(r"(-\d{1,3})?(-[0-9a-f]{4})?$", "", name)):
-        with suppress(ConfigurationError):
-            return Identifier.parse(text).prefix == "cml"
-    return False
 
 
 def _unregister(lease: Lease, names: set[str], access: Callable[[], Access | None]) -> None:

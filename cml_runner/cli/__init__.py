@@ -22,6 +22,7 @@ COMMANDS = {
     "interrupt": "tasks",
     "destroy": "tasks",
     "gc": "tasks",
+    "recover": "recover",
     "task": "task",
     "setup": "setup",
     "permissions": "setup",

@@ -30,6 +30,26 @@ def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         _append(path, "".join(f"{PREFIX}{key.upper()}={_line(fields[key])}\n" for key in told))
 
 
+def report_recovery(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Tell later steps of a GitHub job what was run again, and people in its summary."""
+    if output := environment.get("GITHUB_OUTPUT"):
+        _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    summary = environment.get("GITHUB_STEP_SUMMARY")
+    if summary and fields["jobs"]:
+        rows = "".join(
+            f"| {_linked(job['name'], job['url'])} | {_cell(job['state'])} "
+            f"| {_cell(job['runner'])} | {_cell(job['reason'])} |\n"
+            for job in fields["jobs"]
+        )
+        head = "| job | | runner | |\n| --- | --- | --- | --- |\n"
+        _append(summary, f"### cml-runner: interrupted jobs\n\n{head}{rows}\n")
+
+
+def _linked(text: str, url: str) -> str:
+    plain = _cell(text).replace("[", "\\[").replace("]", "\\]")
+    return f"[{plain}]({url})" if url else plain
+
+
 def _dotenvs(environment: Mapping[str, str]) -> list[str]:
     """Find the files whose variables later jobs get: as KEY=VALUE, one on a line.
 
