@@ -24,6 +24,7 @@ COMMANDS = {
     "gc": "tasks",
     "recover": "recover",
     "task": "task",
+    "doctor": "doctor",
     "setup": "setup",
     "permissions": "setup",
     "supervise": "supervise",

@@ -13,7 +13,13 @@ import psutil
 import pytest
 
 from cml_runner import forges
-from cml_runner.errors import AlreadyExists, ConfigurationError, JobRunning, NotFound
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    JobRunning,
+    NotFound,
+)
 from cml_runner.forges import bitbucket, github, gitlab, local
 from cml_runner.model import Credential, JobEnded, JobStarted, Ready, Runner
 from cml_runner.wait import until
@@ -492,9 +498,10 @@ def test_an_interrupted_job_is_found_and_runs_again_once(
     found = scene.interrupted(job, "one")
     assert len(found) == int(scene.rig.tells)
     for one in found:
-        assert (one.job.key, one.job.attempt, one.times) == (seen.key, seen.attempt, 1)
-        scene.until(lambda job=one.job: scene.forge.retry(job))
-        assert scene.forge.retry(one.job)
+        again = one.job
+        assert (again.key, again.attempt, one.times) == (seen.key, seen.attempt, 1)
+        scene.until(lambda: scene.forge.retry(again))
+        assert scene.forge.retry(again)
         flag.touch()
         scene.ready("two")
         scene.becomes(job, "succeeded")
@@ -595,6 +602,21 @@ def test_the_secret_stays_secret(scene: Scene, waiting: str, flag: Path, *, sing
     assert "CI=true" in scene.rig.log(job)
     assert registration.secret not in scene.rig.log(job)
     assert registration.secret not in "".join(started.lines)
+
+
+def test_what_a_launch_needs_can_be_looked_at_and_is_there(scene: Scene) -> None:
+    found = list(scene.forge.checks(["cml"]))
+    assert found[0].what == "login"
+    assert {one.state for one in found} <= {"ok", "warning", "unknown"}, found
+    assert len(found) > 1
+    assert scene.forge.runners() == []
+
+
+def test_a_repository_that_is_not_there_is_told_by_looking(scene: Scene) -> None:
+    wrong = [one for one in scene.rig.nowhere.checks(["cml"]) if one.state == "failed"]
+    assert {one.code for one in wrong} <= {NotFound.exit_code, CredentialsError.exit_code}
+    assert wrong
+    assert all(one.hint for one in wrong)
 
 
 def test_no_such_repository(scene: Scene) -> None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.lab.aws import AWS, REGION
+from tests.lab.pod_identity import Identities
 from tests.lab.test_kubernetes_scenes import PATIENCE, logs, wait
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from tests.lab.town import Country, Town
@@ -57,17 +59,26 @@ def workdir(tmp_path: Path) -> Path:
     return place
 
 
-def run(town: Town, workdir: Path, *more: str, script: str = "script") -> str:
+def run(
+    town: Town,
+    workdir: Path,
+    *more: str,
+    script: str = "script",
+    environment: Mapping[str, str] | None = None,
+) -> str:
     name = ("--name", "count", "--detach", "--workdir", str(workdir))
     rules = ("--exclude", "not-sent", "--exclude", "not-kept", "--disk-size", "1")
     what = () if "--" in more else ("--script", str(workdir / script))
-    done = town.cli("task", "run", "--cloud", "kubernetes", *POD, *name, *rules, *what, *more)
+    command = ("task", "run", "--cloud", "kubernetes", *POD, *name, *rules, *what, *more)
+    done = town.cli(*command, environment=environment)
     assert done.returncode == 0, done.stderr + logs(town)
     return done.stdout.strip()
 
 
-def ask(town: Town, verb: str, *more: str) -> subprocess.CompletedProcess[str]:
-    done = town.cli("task", verb, "count", *PLACE, *more)
+def ask(
+    town: Town, verb: str, *more: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = town.cli("task", verb, "count", *PLACE, *more, environment=environment)
     assert done.returncode == 0, done.stderr + logs(town)
     return done
 
@@ -167,3 +178,34 @@ def test_a_claim_that_nobody_meets_leaves_nothing(town: Town, workdir: Path) -> 
     assert done.returncode != 0
     assert "nothing:1" in done.stderr
     wait(town, lambda: not town.left(), "the end of all", 30)
+
+
+def test_data_in_a_bucket_that_pods_may_use(town: Town, workdir: Path) -> None:
+    use = {
+        "Effect": "Allow",
+        "Action": ["s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject"],
+        "Resource": ["arn:aws:s3:::theirs", "arn:aws:s3:::theirs/*"],
+    }
+    policy = {"Version": "2012-10-17", "Statement": [use]}
+    where = ("--storage-container", "s3://theirs/some/where", "--permission-set", "trainer")
+    with AWS() as aws, Identities(town, aws, "trainer", policy):
+        client = aws._client("s3", REGION)
+        place = {"LocationConstraint": REGION}
+        client.create_bucket(Bucket="theirs", CreateBucketConfiguration=place)
+        keys = aws.environment(aws.add_user(policy))
+        own = {name: keys[name] for name in keys if "KEY" in name or "SESSION" in name}
+        more = (*where, "--storage-container-opts", f"region={REGION}")
+        run(town, workdir, *more, environment=own)
+        wait(town, lambda: "now 5\n" in said(town), "it to count")
+        assert not town.ask("GET", "persistentvolumeclaims")["items"]
+        (first,) = town.pods()
+        town.ask("DELETE", f"pods/{first['metadata']['name']}")
+        wait(town, lambda: "epoch 2" in said(town), "another pod to go on")
+        done = town.cli("task", "logs", "-f", "count", *PLACE, environment=own)
+        assert done.returncode == 3, done.stderr + logs(town)
+        found = client.list_objects_v2(Bucket="theirs")["Contents"]
+        assert all(one["Key"].startswith("some/where/") for one in found)
+        ask(town, "destroy", environment=own)
+        whole(workdir)
+        assert "Contents" not in client.list_objects_v2(Bucket="theirs")
+        wait(town, lambda: not town.left(), "the end of all")
