@@ -22,6 +22,8 @@ def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     """Write a GitHub step's outputs and summary, a GitLab job's or Bitbucket step's variables."""
     if output := environment.get("GITHUB_OUTPUT"):
         _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    if state := environment.get("GITHUB_STATE"):  # for the end of the job
+        _append(state, "".join(_output(key, fields[key]) for key in ("id", "region")))
     if summary := environment.get("GITHUB_STEP_SUMMARY"):
         rows = "".join(f"| {key} | {_cell(fields[key])} |\n" for key in SHOWN)
         _append(summary, f"### cml-runner\n\n| | |\n| --- | --- |\n{rows}\n")

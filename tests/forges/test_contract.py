@@ -495,18 +495,19 @@ def test_an_interrupted_job_is_found_and_runs_again_once(
     scene.agent.stop(started.pid)
     started.ended()
     scene.becomes(job, "failed")
-    found = scene.interrupted(job, "one")
-    assert len(found) == int(scene.rig.tells)
-    for one in found:
-        again = one.job
-        assert (again.key, again.attempt, one.times) == (seen.key, seen.attempt, 1)
-        scene.until(lambda: scene.forge.retry(again))
-        assert scene.forge.retry(again)
-        flag.touch()
-        scene.ready("two")
-        scene.becomes(job, "succeeded")
-        assert scene.interrupted(job, "one", "two") == []
-        assert scene.rig.attempts(job) == 2
+    found = [one.job for one in scene.interrupted(job, "one")]
+    if not scene.rig.tells:
+        assert found == []
+        return
+    (again,) = found
+    assert (again.key, again.attempt) == (seen.key, seen.attempt)
+    scene.until(lambda: scene.forge.retry(again))
+    assert scene.forge.retry(again)
+    flag.touch()
+    scene.ready("two")
+    scene.becomes(job, "succeeded")
+    assert scene.interrupted(job, "one", "two") == []
+    assert scene.rig.attempts(job) == 2
 
 
 def test_a_lost_job_is_found_and_runs_again_once(
