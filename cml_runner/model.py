@@ -6,6 +6,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping  # noqa: TC003 - msgspec reads the annotations at run time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003
 from pathlib import Path  # noqa: TC003
@@ -15,6 +16,7 @@ from cml_runner.errors import ConfigurationError
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 LONGEST_NAME = 28  # 50 in all, less "cml--" and two times eight digits, as TPI has it
+TIMES = 3  # an interrupted job is run again at most, however often that happens
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,14 @@ def renamed(name: str) -> str:
 def stands_for(name: str, first: str) -> bool:
     """Say if a runner has this first name, or was renamed from it."""
     return bool(re.fullmatch(f"{re.escape(first)}(-[0-9a-f]{{4}})?", name))
+
+
+def made_up(name: str) -> bool:
+    """Know a runner's name that we made up, with what is added to it for more than one runner."""
+    for text in (name, re.sub(r"(-\d{1,3})?(-[0-9a-f]{4})?$", "", name)):
+        with suppress(ConfigurationError):
+            return Identifier.parse(text).prefix == "cml"
+    return False
 
 
 # What people ask for

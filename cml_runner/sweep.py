@@ -7,7 +7,6 @@ by the clock of the cloud that holds a task, and looked up again before anything
 from __future__ import annotations
 
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from cml_runner import inventory, times
 from cml_runner.errors import (
     CleanupFailed,
-    ConfigurationError,
     MissingDependency,
     NoCredentials,
     NotFound,
     RunnerError,
 )
 from cml_runner.inventory import Found, Place
-from cml_runner.model import Identifier
+from cml_runner.model import made_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,7 +199,7 @@ def stale(runners: Sequence[Runner], living: Sequence[Found]) -> list[Runner]:
         for one in runners
         if not one.online
         and one.name not in kept
-        and (one.ours or _is_ours(one.name))
+        and (one.ours or made_up(one.name))
         and one.seen
         and one.seen < oldest
     ]
@@ -276,14 +274,6 @@ def _unseen(place: Place, error: RunnerError) -> Unseen:
 def _only_data(lease: Lease) -> bool:
     """Say if the machines of a task are gone already."""
     return lease.keeps and lease.expires is None
-
-
-def _is_ours(name: str) -> bool:
-    """Know a name that was made up by us, with what is added to it for more than one runner."""
-    for text in (name, re.sub(r"(-\d{1,3})?(-[0-9a-f]{4})?$", "", name)):
-        with suppress(ConfigurationError):
-            return Identifier.parse(text).prefix == "cml"
-    return False
 
 
 def _minute(at: datetime) -> str:

@@ -6,7 +6,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 place="$RUNNER_TEMP/cml-runner"
 extras=
-for cloud in ${CLOUDS//,/ }; do
+clouds=${CLOUDS:-}
+for cloud in ${clouds//,/ }; do
     case "$cloud" in
         local) ;; # needs nothing
         az) extras+=azure, ;;

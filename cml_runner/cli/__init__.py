@@ -23,6 +23,7 @@ COMMANDS = {
     "interrupt": "tasks",
     "destroy": "tasks",
     "gc": "tasks",
+    "recover": "recover",
     "task": "task",
     "doctor": "doctor",
     "setup": "setup",

@@ -22,12 +22,34 @@ def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     """Write a GitHub step's outputs and summary, a GitLab job's or Bitbucket step's variables."""
     if output := environment.get("GITHUB_OUTPUT"):
         _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    if state := environment.get("GITHUB_STATE"):  # for the end of the job
+        _append(state, "".join(_output(key, fields[key]) for key in ("id", "region")))
     if summary := environment.get("GITHUB_STEP_SUMMARY"):
         rows = "".join(f"| {key} | {_cell(fields[key])} |\n" for key in SHOWN)
         _append(summary, f"### cml-runner\n\n| | |\n| --- | --- |\n{rows}\n")
     for path in _dotenvs(environment):
         told = ("id", "name", "cloud", "region", "labels")
         _append(path, "".join(f"{PREFIX}{key.upper()}={_line(fields[key])}\n" for key in told))
+
+
+def report_recovery(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Tell later steps of a GitHub job what was run again, and people in its summary."""
+    if output := environment.get("GITHUB_OUTPUT"):
+        _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    summary = environment.get("GITHUB_STEP_SUMMARY")
+    if summary and fields["jobs"]:
+        rows = "".join(
+            f"| {_linked(job['name'], job['url'])} | {_cell(job['state'])} "
+            f"| {_cell(job['runner'])} | {_cell(job['reason'])} |\n"
+            for job in fields["jobs"]
+        )
+        head = "| job | | runner | |\n| --- | --- | --- | --- |\n"
+        _append(summary, f"### cml-runner: interrupted jobs\n\n{head}{rows}\n")
+
+
+def _linked(text: str, url: str) -> str:
+    plain = _cell(text).replace("[", "\\[").replace("]", "\\]")
+    return f"[{plain}]({url})" if url else plain
 
 
 def _dotenvs(environment: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from cml_runner.errors import AlreadyExists
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
     from typing import ClassVar
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Credential,
         Event,
         Exited,
+        Interruption,
         Job,
         Package,
         Registration,
@@ -118,6 +119,21 @@ class Forge(Protocol):
         all, but what it lists is certain: a job that failed by itself is never among them.
         """
 
+    def interrupted(self, pipeline: str, ours: Callable[[str], bool]) -> list[Interruption]:
+        """List the jobs of a pipeline that were interrupted, with how often each was begun.
+
+        The pipeline is named by its address, as people have it. `ours` says by a runner's name if
+        it is one of ours, where the forge itself can't tell. It may not know all, but what it
+        lists is certain: a job that failed by itself, or that somebody cancelled, is never there.
+        Raises JobRunning while the pipeline goes on, if nothing of it can be run again before.
+        """
+
+    def retry_together(self, jobs: Sequence[Job]) -> bool:
+        """Run all these jobs of one pipeline again, and only them, where retry() can't one by one.
+
+        False: ask for each of them.
+        """
+
     def packages(self) -> list[Package]:
         """The agent releases to install, one per architecture; none if it comes with us."""
 
@@ -157,9 +173,11 @@ class Agent(Protocol):
     def exited(self, code: int) -> Exited:
         """Say what its exit code means."""
 
-    def abort(self, pid: int) -> None:
+    def abort(self, pid: int, reason: str = "") -> None:
         """Make the running job fail at once, so that it can be run again, and take no other.
 
+        The reason, if there is one, says why it must be: where the forge can show it, people see
+        it beside the job, and `interrupted()` knows the job by it.
         An agent which can't be told the latter is stopped as soon as the job has ended.
         """
 

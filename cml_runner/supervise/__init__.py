@@ -378,7 +378,7 @@ class Supervisor:
                 self._recover(recovery.remember(self.bucket, job, forgetful=forgetful))
             except RunnerError as error:
                 log.warning("%s may not be run again: %s", job.name, error)
-        self.process.abort()
+        self.process.abort(stop.reason if stop.retry else "")
 
     def _is_better_lost(self, job: Job) -> bool:
         """Ask the forge, since only this machine will remember that it was interrupted."""

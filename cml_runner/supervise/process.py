@@ -59,8 +59,8 @@ class Program(Protocol):
     def exited(self, code: int) -> Event:
         """Say what its end means."""
 
-    def abort(self, pid: int) -> None:
-        """Make its job fail at once."""
+    def abort(self, pid: int, reason: str = "") -> None:
+        """Make its job fail at once, and say why if it must be run again."""
 
     def drain(self, pid: int) -> None:
         """Have it take no other job."""
@@ -111,10 +111,10 @@ class Process:
         self._reader = threading.Thread(target=self._read, name="agent", daemon=True)
         self._reader.start()
 
-    def abort(self) -> None:
-        """Make the running job fail at once."""
+    def abort(self, reason: str = "") -> None:
+        """Make the running job fail at once, and say why if it must be run again."""
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            self._agent.abort(self.pid)
+            self._agent.abort(self.pid, reason)
 
     def drain(self) -> None:
         """Have it take no other job."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cml_runner import store
 from cml_runner.errors import RunnerError
-from cml_runner.model import Interruption, Retried
+from cml_runner.model import TIMES, Interruption, Retried
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TIMES = 3  # a job is run again at most, however often it is interrupted
 PAUSES = (1, 2, 4, 8, 15)  # seconds between two questions to the forge; the last one for ever
 
 

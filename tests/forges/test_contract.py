@@ -13,7 +13,13 @@ import psutil
 import pytest
 
 from cml_runner import forges
-from cml_runner.errors import AlreadyExists, CredentialsError, JobRunning, NotFound
+from cml_runner.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    CredentialsError,
+    JobRunning,
+    NotFound,
+)
 from cml_runner.forges import bitbucket, github, gitlab, local
 from cml_runner.model import Credential, JobEnded, JobStarted, Ready, Runner
 from cml_runner.wait import until
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cml_runner.forges import Agent, Forge
-    from cml_runner.model import Job, Registration
+    from cml_runner.model import Interruption, Job, Registration
     from tests.forges.conftest import Started
     from tests.lab.github import Run
 
@@ -46,6 +52,11 @@ class Rig(Protocol):
     def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
         """Queue a job (a pipeline of its own) that runs a shell script; return its id here."""
 
+    tells: bool  # a job that its agent aborted from one that failed by itself
+
+    def address(self, job: str) -> str:
+        """The address of its pipeline, as people see it."""
+
     def state(self, job: str) -> str:
         """Its last attempt: queued, running, succeeded, failed or cancelled."""
 
@@ -57,12 +68,17 @@ class Rig(Protocol):
 
 
 class LocalRig:
+    tells = True
+
     def __init__(self, directory: Path) -> None:
         self.forge = local.Forge(str(directory))
         self.nowhere = local.Forge(str(directory / "nowhere"))
 
     def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
         return self.forge.submit(name, script, labels).id
+
+    def address(self, job: str) -> str:
+        return f"{self.forge.url}/done/{job}"
 
     def state(self, job: str) -> str:
         return self._job(job).state
@@ -83,6 +99,8 @@ def local_rig(directory: Path) -> Iterator[Rig]:
 
 
 class GitHubRig:
+    tells = True
+
     def __init__(self, there: GitHub) -> None:
         there.add_repository("owner/repo")
         credential = Credential(token=there.add_token("repo"))
@@ -93,6 +111,9 @@ class GitHubRig:
     def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
         run = self._there.add_run("owner/repo", [WorkflowJob(name, labels, script)])
         return str(run.id)
+
+    def address(self, job: str) -> str:
+        return f"{self._there.url}/owner/repo/actions/runs/{job}"
 
     def state(self, job: str) -> str:
         found = self._run(job).jobs[0]
@@ -117,6 +138,8 @@ def github_rig(_: Path) -> Iterator[Rig]:
 
 
 class GitLabRig:
+    tells = True
+
     def __init__(self, there: GitLab) -> None:
         there.add("some/group/project")
         credential = Credential(token=there.add_token("api"))
@@ -126,6 +149,10 @@ class GitLabRig:
 
     def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
         return str(self._there.add_job("some/group/project", name, script, labels).id)
+
+    def address(self, job: str) -> str:
+        number = self._attempts(job)[0].pipeline
+        return f"{self._there.url}/some/group/project/-/pipelines/{number}"
 
     def state(self, job: str) -> str:
         words = {"pending": "queued", "success": "succeeded", "canceled": "cancelled"}
@@ -152,6 +179,8 @@ def gitlab_rig(_: Path) -> Iterator[Rig]:
 
 
 class BitbucketRig:
+    tells = False  # one that was killed has failed, whoever killed it
+
     def __init__(self, there: Bitbucket) -> None:
         there.add("team/repo")
         credential = Credential(token=there.add_token())
@@ -161,6 +190,10 @@ class BitbucketRig:
 
     def submit(self, name: str, script: str, labels: Sequence[str] = ("cml",)) -> str:
         return self._there.add_pipeline("team/repo", name, script, labels).uuid
+
+    def address(self, job: str) -> str:
+        number = self._runs(job)[-1].number
+        return f"{self._there.url}/team/repo/pipelines/results/{number}"
 
     def state(self, job: str) -> str:
         words = {"SUCCESSFUL": "succeeded", "STOPPED": "cancelled", "IN_PROGRESS": "running"}
@@ -236,6 +269,19 @@ class Scene:
 
     def until(self, condition: Callable[[], object]) -> None:
         until(condition, "the forge", 30, 0.05)
+
+    def interrupted(self, job: str, *ours: str) -> list[Interruption]:
+        """What was interrupted in a pipeline, once its forge can say so."""
+        found: list[list[Interruption]] = []
+
+        def told() -> bool:
+            with suppress(JobRunning):
+                address = self.rig.address(job)
+                found.append(self.forge.interrupted(address, lambda name: name in ours))
+            return bool(found)
+
+        self.until(told)
+        return found[0]
 
     def becomes(self, job: str, *states: str) -> None:
         self.until(lambda: self.rig.state(job) in states)
@@ -436,6 +482,75 @@ def test_a_job_is_lost_with_its_runner(
     scene.becomes(job, "succeeded")
     assert scene.rig.attempts(job) == 2
     assert scene.forge.lost("one") == []
+
+
+def test_an_interrupted_job_is_found_and_runs_again_once(
+    scene: Scene, waiting: str, flag: Path
+) -> None:
+    started = scene.ready("one")
+    job = scene.rig.submit("long", waiting)
+    seen = scene.running(started, "one")
+    scene.agent.abort(started.pid, "its machine is taken away")
+    started.wait(JobEnded)
+    scene.agent.stop(started.pid)
+    started.ended()
+    scene.becomes(job, "failed")
+    found = [one.job for one in scene.interrupted(job, "one")]
+    if not scene.rig.tells:
+        assert found == []
+        return
+    (again,) = found
+    assert (again.key, again.attempt) == (seen.key, seen.attempt)
+    scene.until(lambda: scene.forge.retry(again))
+    assert scene.forge.retry(again)
+    flag.touch()
+    scene.ready("two")
+    scene.becomes(job, "succeeded")
+    assert scene.interrupted(job, "one", "two") == []
+    assert scene.rig.attempts(job) == 2
+
+
+def test_a_lost_job_is_found_and_runs_again_once(
+    scene: Scene, waiting: str, flag: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    started = scene.ready("one")
+    job = scene.rig.submit("long", f"touch {trace}; {waiting}")
+    seen = scene.running(started, "one")
+    scene.until(trace.exists)
+    agent = psutil.Process(started.pid)
+    for process in (agent, *agent.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    started.ended()
+    scene.until(lambda: scene.interrupted(job, "one"))
+    (lost,) = scene.interrupted(job, "one")
+    assert (lost.job.key, lost.times) == (seen.key, 1)
+    if not scene.forge.retry_together([lost.job]):
+        scene.until(lambda: scene.forge.retry(lost.job))
+    assert scene.forge.retry(lost.job)
+    flag.touch()
+    scene.ready("two")
+    scene.becomes(job, "succeeded")
+    assert scene.interrupted(job, "one", "two") == []
+    assert scene.rig.attempts(job) == 2
+
+
+def test_what_failed_by_itself_was_not_interrupted(scene: Scene, waiting: str, flag: Path) -> None:
+    started = scene.ready("one")
+    flag.touch()
+    wrong = scene.rig.submit("wrong", "exit 3")
+    scene.becomes(wrong, "failed")
+    assert scene.interrupted(wrong, "one") == []
+    fine = scene.rig.submit("fine", waiting)
+    scene.becomes(fine, "succeeded")
+    assert scene.interrupted(fine, "one") == []
+    started.wait(JobEnded, 2)
+
+
+def test_an_address_that_is_no_pipelines(scene: Scene) -> None:
+    with pytest.raises(ConfigurationError):
+        scene.forge.interrupted(scene.forge.url, lambda _: True)
 
 
 def test_a_running_job_is_not_run_again_yet(scene: Scene, waiting: str, flag: Path) -> None:

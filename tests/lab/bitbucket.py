@@ -39,6 +39,14 @@ ALL = (
 )
 
 
+# What people read beside a step that was lost with its runner:
+# https://support.atlassian.com/bitbucket-cloud/kb/pipeline-build-failed-with-unexpected-system-error-that-may-have-left-your
+LOST = (
+    "There was an unexpected system error that may have left your step half-completed. To solve "
+    "this error, check your step progress and rerun it if you see fit."
+)
+
+
 def _uuid() -> str:
     return f"{{{uuid.uuid4()}}}"
 
@@ -80,6 +88,7 @@ class Step:
     state: str = "PENDING"
     result: str = ""
     runner: str = ""
+    started: str = ""
     log: str = ""
 
 
@@ -420,7 +429,8 @@ class Bitbucket(FarSide):
 
     def _told_step(self, step: Step) -> dict[str, Any]:
         state = self._state(step, "pipeline_step_state")
-        return {"type": "pipeline_step", "uuid": step.uuid, "name": step.name, "state": state}
+        told = {"type": "pipeline_step", "uuid": step.uuid, "name": step.name, "state": state}
+        return {**told, "started_on": step.started} if step.started else told
 
     def _run(self, workspace: str, slug: str) -> Any:
         self._caller("write:pipeline:bitbucket")
@@ -455,7 +465,10 @@ class Bitbucket(FarSide):
         word = step.state.lower()
         state: dict[str, Any] = {"type": f"{kind}_{word}", "name": step.state}
         if step.result:
-            result = {"type": f"{kind}_completed_{step.result.lower()}", "name": step.result}
+            result: dict[str, Any] = {"name": step.result}
+            result["type"] = f"{kind}_completed_{step.result.lower()}"
+            if step.result == "ERROR" and kind == "pipeline_step_state":
+                result["error"] = {"type": "pipeline_step_error", "key": "error", "message": LOST}
             state["result"] = result
         return state
 
@@ -478,6 +491,7 @@ class Bitbucket(FarSide):
                 fits = inside and {*step.labels} <= {*runner.labels} and step.state == "PENDING"
                 if fits and not runner.cordoned and not runner.step:
                     step.state, step.runner, runner.step = "IN_PROGRESS", runner.name, step
+                    step.started = datetime.now(timezone.utc).isoformat()
                     return {
                         "account": self.workspaces[runner.workspace],
                         "repository": pipeline.repository.uuid,

@@ -89,7 +89,10 @@ def log(call: Call) -> Answer:
 
 
 def finish(call: Call) -> Answer:
-    call.gh.finish(_running(call), call.body["result"])
+    runner = _running(call)
+    if runner.job and (message := call.body.get("message")):
+        runner.job.message = message
+    call.gh.finish(runner, call.body["result"])
     return Answer(200, {})
 
 

@@ -82,6 +82,7 @@ class GitLabJob:
     token: str = field(default_factory=lambda: f"glcbt-{secrets.token_urlsafe(16)}")
     status: str = "pending"
     failure: str = ""
+    started: datetime | None = None
     runner: Runner | None = None
     ran_on: str = ""  # the runner's name, which outlives it
     trace: bytes = b""
@@ -113,6 +114,11 @@ class GitLab(FarSide):
     last: int = 100
 
     # What people do
+
+    def drop(self, job: GitLabJob) -> None:
+        """Give up a job that was not heard of for too long, which takes GitLab half an hour."""
+        with self.changed:
+            job.status, job.failure = "failed", "stuck_or_timeout_failure"
 
     def add(self, path: str, kind: str = "project") -> Place:
         """Add a project or a group."""
@@ -394,6 +400,7 @@ class GitLab(FarSide):
             "web_url": f"{self.url}/{job.project.path}/-/jobs/{job.id}",
             "runner": runner,
             "failure_reason": job.failure or None,
+            "started_at": job.started and job.started.isoformat(),
         }
 
     # GraphQL: just enough to see the one query that lists runners for what it is
@@ -443,6 +450,7 @@ class GitLab(FarSide):
             if not job:
                 return "", 204
             job.status, job.runner, job.ran_on = "running", runner, runner.description
+            job.started = _now()
             self.secrets.append(job.token)
         return self._payload(job, runner), 201
 

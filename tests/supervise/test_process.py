@@ -60,7 +60,8 @@ class Talker:
     def exited(self, code: int) -> Exited:
         return Exited(code=code)
 
-    def abort(self, pid: int) -> None:
+    def abort(self, pid: int, reason: str = "") -> None:
+        del reason
         os.kill(pid, signal.SIGUSR1)
 
     def stop(self, pid: int) -> None:

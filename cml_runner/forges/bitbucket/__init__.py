@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
@@ -19,7 +20,7 @@ from cml_runner.errors import (
 from cml_runner.forges.bitbucket import address, answers
 from cml_runner.forges.bitbucket.agent import Agent, package, runtime
 from cml_runner.forges.bitbucket.api import NEEDS, RUN, VARIABLES, WRITE, Api
-from cml_runner.model import Check, Job, Registration, Runner, stands_for
+from cml_runner.model import Check, Interruption, Job, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
@@ -178,15 +179,7 @@ class Forge:
         root, pipeline_id, step_id = self._find(seen)
         pipeline = self._api.ask("GET", pipeline_id, answers.Pipeline)
         step = self._api.ask("GET", step_id, answers.Step)
-        number, web = pipeline.build_number, root.removeprefix("/repositories")
-        return Job(
-            name=step.name or "a step",
-            id=seen.id,
-            pipeline=f"{root} {_identity(pipeline)}",
-            attempt=number,
-            runner=seen.runner,
-            url=f"{self._address.server}{web}/pipelines/results/{number}",
-        )
+        return replace(self._told(root, pipeline, step), id=seen.id, runner=seen.runner)
 
     def retry(self, job: Job) -> bool:
         """Run the whole pipeline of this step again: Bitbucket can't do less.
@@ -238,6 +231,30 @@ class Forge:
             if one.uuid in had
         ]
 
+    def interrupted(self, pipeline: str, ours: Callable[[str], bool]) -> list[Interruption]:
+        """List the steps that were broken off, unless the same was run later on already.
+
+        Bitbucket doesn't tell which runner had a step; those of its own cloud don't vanish.
+        """
+        del ours
+        root, found, recent = self._pipeline(pipeline)
+        if not found.state.is_over:
+            msg = f"{pipeline} goes on: Bitbucket runs nothing of it again before its end"
+            raise JobRunning(msg)
+        same = [one.build_number for one in recent if _identity(one) == _identity(found)]
+        if max(same) > found.build_number:
+            return []
+        path = f"{root}/pipelines/{quote(found.uuid, '')}"
+        return [
+            Interruption(job=self._told(root, found, step), times=len(same))
+            for step in self._steps(path)
+            if step.started_on and step.state.is_broken_off
+        ]
+
+    def retry_together(self, jobs: Sequence[Job]) -> bool:
+        """Say no: the first brings all others along."""
+        return not jobs
+
     def packages(self) -> list[Package]:
         """The one for machines without Docker."""
         return package()
@@ -286,6 +303,37 @@ class Forge:
             root = f"/repositories/{quote(self._address.workspace)}/{repository}"
         path = f"{root}/pipelines/{pipeline}"
         return root, path, f"{path}/steps/{step}"
+
+    def _pipeline(self, url: str) -> tuple[str, answers.Pipeline, Sequence[answers.Pipeline]]:
+        """Find a pipeline by its address: its repository's path, itself, and others about it.
+
+        Raises ConfigurationError, NotFound if it is too long ago.
+        """
+        match = re.search(r"results/(\d+)", url)
+        if not match or not self._address.repository:
+            msg = (
+                f"{url!r} is no pipeline: give"
+                " https://bitbucket.org/WORKSPACE/REPO/pipelines/results/NUMBER"
+            )
+            raise ConfigurationError(msg)
+        root = self._address.scope
+        path = f"{root}/pipelines/?sort=-created_on&pagelen={RECENT}"
+        recent = self._api.ask("GET", path, answers.Pipelines).values
+        for one in recent:
+            if one.build_number == int(match[1]):
+                return root, one, recent
+        msg = f"{url} isn't among the last {RECENT} pipelines of {self.url}"
+        raise NotFound(msg)
+
+    def _told(self, root: str, pipeline: answers.Pipeline, step: answers.Step) -> Job:
+        number, web = pipeline.build_number, root.removeprefix("/repositories")
+        return Job(
+            name=step.name or "a step",
+            id=f"-/{pipeline.uuid}/{step.uuid}",
+            pipeline=f"{root} {_identity(pipeline)}",
+            attempt=number,
+            url=f"{self._address.server}{web}/pipelines/results/{number}",
+        )
 
     def _repeated(self, root: str, pipeline: answers.Pipeline) -> bool:
         """Say whether the same was run later on, by us or by somebody else."""

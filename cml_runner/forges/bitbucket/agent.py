@@ -181,8 +181,9 @@ class Agent:
         reason = "it was told to end" if code in {130, 143} else f"exit code {code}"
         return Exited(code=code, reason=reason)
 
-    def abort(self, pid: int) -> None:
+    def abort(self, pid: int, reason: str = "") -> None:
         """Kill what the running step consists of: so it fails, and Bitbucket is told."""
+        del reason
         if runtime() == "docker":
             _kill_containers(self._step.strip("{}"))
             return

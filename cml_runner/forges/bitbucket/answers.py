@@ -64,10 +64,18 @@ class Runners:
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """What went wrong beside the script."""
+
+    message: str = ""
+
+
+@dataclass(frozen=True)
 class Result:
     """How it ended."""
 
     name: str
+    error: Trouble | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,17 @@ class State:
     @property
     def is_good(self) -> bool:
         """It ended as it should."""
-        return self.is_over and self.result == Result("SUCCESSFUL")
+        return self.is_over and self.result is not None and self.result.name == "SUCCESSFUL"
+
+    @property
+    def is_broken_off(self) -> bool:
+        """Its runner vanished: Bitbucket calls that an error of the system.
+
+        https://support.atlassian.com/bitbucket-cloud/kb/pipeline-build-failed-with-unexpected-system-error-that-may-have-left-your
+        """
+        if not self.is_over or not self.result or self.result.name != "ERROR":
+            return False
+        return not self.result.error or "system error" in self.result.error.message.lower()
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,7 @@ class Step:
     uuid: str
     state: State
     name: str = ""
+    started_on: datetime | None = None
 
 
 @dataclass(frozen=True)

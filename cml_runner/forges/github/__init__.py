@@ -18,16 +18,16 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
-from cml_runner.forges.github import address, answers, checks
+from cml_runner.forges.github import address, answers, checks, interruptions
 from cml_runner.forges.github.agent import SYSTEM_LABELS, Agent
 from cml_runner.forges.github.api import Api
 from cml_runner.model import Job, Package, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from cml_runner.model import Check, Credential
+    from cml_runner.model import Check, Credential, Interruption
 
 __all__ = ["Agent", "Forge"]
 
@@ -40,7 +40,6 @@ MARGIN = timedelta(days=2)  # a version that GitHub will refuse so soon is refus
 ATTEMPTS = 3  # to register, while others take the same name
 RECENT = 20  # runs that failed, and how long ago, to be looked at for jobs that were lost
 LATELY = timedelta(hours=6)
-LOST = "lost communication with the server"  # what GitHub says of them
 
 
 class Forge:
@@ -149,7 +148,7 @@ class Forge:
         """Say if others of its run are under way: GitHub takes no re-run before they have ended."""
         if self._address.kind != "repository":
             return False
-        jobs = self._jobs(self._find_run(job), job.attempt)
+        jobs = interruptions.jobs(self._api, self._find_run(job), job.attempt)
         return sum(one.status != "completed" for one in jobs) > 1
 
     def lost(self, name: str) -> list[Job]:
@@ -170,9 +169,28 @@ class Forge:
                 url=f"{self.url}/actions/runs/{run.id}/job/{job.id}",
             )
             for run in (*self._runs("in_progress"), *islice(self._runs("failure"), RECENT))
-            for job in self._jobs(f"{path}/{run.id}", run.run_attempt)
+            for job in interruptions.jobs(self._api, f"{path}/{run.id}", run.run_attempt)
             if stands_for(job.runner_name or "", name) and self._is_lost(job)
         ]
+
+    def interrupted(self, pipeline: str, ours: Callable[[str], bool]) -> list[Interruption]:
+        """List the jobs of a run that failed since their runner was taken away, or was lost.
+
+        Raises JobRunning while it goes on, and ConfigurationError if it is the address of no run.
+        """
+        path = interruptions.pipeline(pipeline)
+        root = self._find_run(Job(name=path, pipeline=path, attempt=1))
+        checks = f"{root.partition('/actions/')[0]}/check-runs"
+        server = self.url.removesuffix(f"/{self._address.path}")
+        return interruptions.find(self._api, root, server, ours, checks=checks)
+
+    def retry_together(self, jobs: Sequence[Job]) -> bool:
+        """Run all that failed in their run again, if that is what these jobs are."""
+        try:
+            return interruptions.together(self._api, self._find_run(jobs[0]), jobs)
+        except Passing as error:
+            log.warning("%s", error)
+            return False
 
     def packages(self) -> list[Package]:
         """The releases to install: what GitHub offers here, unless it is about to refuse them.
@@ -252,11 +270,15 @@ class Forge:
 
     def _retry(self, root: str, job: Job) -> bool:
         run = self._api.ask("GET", root, answers.Run, needs="job")
-        last = ran = _executed(self._jobs(root, job.attempt), job)
+        last = ran = _executed(interruptions.jobs(self._api, root, job.attempt), job)
         if ran.conclusion == "success":
             return True
         if run.run_attempt > job.attempt:
-            namesakes = [one for one in self._jobs(root, run.run_attempt) if one.name == ran.name]
+            namesakes = [
+                one
+                for one in interruptions.jobs(self._api, root, run.run_attempt)
+                if one.name == ran.name
+            ]
             carried = [one for one in namesakes if ran.is_carried(one)]
             if namesakes and not carried:
                 return True
@@ -266,10 +288,6 @@ class Forge:
         path = root.replace(root[root.index("/runs/") :], f"/jobs/{last.id}/rerun")
         self._api.ask("POST", path, object, needs="job")
         return True
-
-    def _jobs(self, root: str, attempt: int) -> list[answers.Job]:
-        pages = self._api.pages(f"{root}/attempts/{attempt}/jobs", answers.Jobs, needs="job")
-        return [job for page in pages for job in page.jobs]
 
     def _runs(self, status: str) -> Iterator[answers.Run]:
         path = f"{self._address.prefix}/actions/runs"
@@ -282,11 +300,8 @@ class Forge:
             return True
         if not job.ended or datetime.now(timezone.utc) - job.ended > LATELY:
             return False  # this name had another life then
-        path = f"{self._address.prefix}/check-runs/{job.id}/annotations"  # a job is a check
-        with suppress(CredentialsError, NotFound):  # some tokens may read jobs, but no checks
-            notes = self._api.ask("GET", path, list[answers.Annotation])
-            return any(LOST in (one.message or "") for one in notes)
-        return False
+        checks = f"{self._address.prefix}/check-runs"  # a job is a check
+        return interruptions.is_cut_off(self._api, checks, job.id, lost=True)
 
     # The runner program
 

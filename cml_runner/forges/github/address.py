@@ -97,6 +97,7 @@ def split(text: str) -> tuple[str, str]:
     host = ALIASES.get(host, host)
     if server and _hosted(host):
         server = f"https://{host}"
+    path = re.sub(r"^([\w-]+/[\w.-]+)/actions/runs/.*", r"\1", path)  # as people see a run
     if path.startswith("orgs/") and path.count("/") == 1:  # as in a browser
         path = path.removeprefix("orgs/")
     return server, path

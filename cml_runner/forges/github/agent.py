@@ -18,6 +18,7 @@ import psutil
 
 from cml_runner.errors import AgentFailed
 from cml_runner.forges.github.install import install
+from cml_runner.forges.github.interruptions import INTERRUPTED
 from cml_runner.model import Command, Exited, Job, JobEnded, JobStarted, Ready, Troubled
 
 if TYPE_CHECKING:
@@ -173,11 +174,16 @@ class Agent:
             return Exited(code=code, reason=f"it was ended by {signal.Signals(-code).name}")
         return EXITS.get(code) or Exited(code=code, reason=f"exit code {code}")
 
-    def abort(self, pid: int) -> None:
-        """Make the running job fail at once: to GitHub a worker that dies is a job that failed."""
+    def abort(self, pid: int, reason: str = "") -> None:
+        """Make the running job fail at once: to GitHub a worker that dies is a job that failed.
+
+        What a dying worker has printed last is shown beside its job.
+        """
         with suppress(psutil.Error):
             for child in psutil.Process(pid).children():
                 if _is_worker(child):
+                    if reason:
+                        _print_as(child, f"{INTERRUPTED}: {reason}\n")
                     _kill(child)
 
     def drain(self, pid: int) -> None:
@@ -280,6 +286,23 @@ def _configuration(directory: Path, registration: Registration) -> list[str]:
 def _is_worker(process: psutil.Process) -> bool:
     """Know a worker, even if an interpreter runs it."""
     return any(part.rpartition("/")[2] == WORKER for part in process.cmdline()[:3])
+
+
+def _print_as(worker: psutil.Process, line: str) -> None:
+    """Write into the pipe through which the program listens to its worker, if it is one.
+
+    The account that runs both might have put something else in its place, which we could change
+    and it could not: so what is opened is looked at before it can be written to.
+    """
+    with suppress(OSError):
+        seen = os.open(f"/proc/{worker.pid}/fd/2", os.O_PATH)
+        try:
+            if os.readlink(f"/proc/self/fd/{seen}").startswith("pipe:["):
+                pipe = os.open(f"/proc/self/fd/{seen}", os.O_WRONLY | os.O_NONBLOCK)
+                with open(pipe, "wb", buffering=0) as file:
+                    file.write(line.encode())
+        finally:
+            os.close(seen)
 
 
 def _kill(worker: psutil.Process) -> None:

@@ -78,6 +78,7 @@ class Run:
     run_attempt: int
     status: str
     id: int = 0
+    conclusion: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, time, timedelta, timezone
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote, urlsplit
@@ -21,7 +22,7 @@ from cml_runner.errors import (
 from cml_runner.forges.gitlab import address, answers
 from cml_runner.forges.gitlab.agent import RELEASES, Agent
 from cml_runner.forges.gitlab.api import ENOUGH, MAINTAINER, NEEDS, VARIABLES, Api, Place
-from cml_runner.model import Job, Package, Registration, Runner, stands_for
+from cml_runner.model import Interruption, Job, Package, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ QUERIES = {
 }
 UNFINISHED = ("created", "waiting_for_resource", "preparing", "pending", "scheduled")
 RUNNING = ("running", "canceling")
+# https://docs.gitlab.com/ci/yaml/#retrywhen: what the runner says, and what GitLab says after it
+CUT_OFF = ("runner_system_failure", "stuck_or_timeout_failure")
 
 
 class Forge:
@@ -207,15 +210,8 @@ class Forge:
         """Look up the job that an agent only knows by its number."""
         project = self._project(seen)
         found = self._api.ask("GET", f"{_project(project)}/jobs/{seen.id}", answers.Job)
-        attempts = self._attempts(project, found)
-        return Job(
-            name=found.name,
-            id=seen.id,
-            pipeline=f"{project}/-/pipelines/{found.pipeline.id}",
-            attempt=sum(one.id <= found.id for one in attempts),
-            runner=(found.runner and found.runner.description) or seen.runner,
-            url=found.web_url or seen.url,
-        )
+        told = _told(project, found, self._attempts(project, found))
+        return replace(told, runner=told.runner or seen.runner, url=told.url or seen.url)
 
     def retry(self, job: Job) -> bool:
         """Run this job again, and only it.
@@ -251,6 +247,27 @@ class Forge:
             if stands_for(runner.name, name) and not runner.online
             for job in self._api.pages(f"/runners/{runner.id}/jobs", answers.Job, status="running")
         ]
+
+    def interrupted(self, pipeline: str, ours: Callable[[str], bool]) -> list[Interruption]:
+        """List the jobs that failed with the runner, not by themselves, or are lost with it.
+
+        A runner that has removed itself, as ours do, is one that GitLab knows no more.
+        """
+        project, number = self._pipeline(pipeline)
+        path = f"{_project(project)}/pipelines/{number}/jobs"
+        every = list(self._api.pages(path, answers.Job, include_retried="true"))
+        noted = {runner.id for runner in self.runners() if runner.ours}
+        latest = {job.name: job for job in sorted(every, key=lambda one: one.id)}
+        return [
+            Interruption(job=_told(project, job, every), times=_begun(job, every))
+            for job in latest.values()
+            if not job.runner or str(job.runner.id) in noted or ours(job.runner.description or "")
+            if self._is_cut_off(job)
+        ]
+
+    def retry_together(self, jobs: Sequence[Job]) -> bool:
+        """Say no: GitLab retries any job at any time."""
+        return not jobs
 
     def packages(self) -> list[Package]:
         """The agent of the server's own version, or the newest if there is none (yet)."""
@@ -338,6 +355,20 @@ class Forge:
             raise RunnerError(msg)
         return project
 
+    def _pipeline(self, url: str) -> tuple[str, str]:
+        """Read the address of a pipeline, which must be ours. Raises ConfigurationError."""
+        match = re.search(r"/-/pipelines/(\d+)", url)
+        if not match:
+            msg = f"{url!r} is no pipeline: give https://gitlab.com/PROJECT/-/pipelines/NUMBER"
+            raise ConfigurationError(msg)
+        return self._project(Job(name=url, id=match[1], url=url)), match[1]
+
+    def _is_cut_off(self, job: answers.Job) -> bool:
+        """Say if a job was begun, and its runner was what failed."""
+        if job.status in RUNNING:
+            return not job.runner or self._is_lost(job.runner.id)
+        return job.status == "failed" and job.failure_reason in CUT_OFF and bool(job.started_at)
+
     def _attempts(self, project: str, job: answers.Job) -> list[answers.Job]:
         path = f"{_project(project)}/pipelines/{job.pipeline.id}/jobs"
         found = self._api.pages(path, answers.Job, include_retried="true")
@@ -356,6 +387,21 @@ class Forge:
         except NotFound:
             return True
         return not last or self._api.now - last > LOST
+
+
+def _told(project: str, job: answers.Job, attempts: Sequence[answers.Job]) -> Job:
+    return Job(
+        name=job.name,
+        id=str(job.id),
+        pipeline=f"{project}/-/pipelines/{job.pipeline.id}",
+        attempt=sum(one.id <= job.id for one in attempts if one.name == job.name),
+        runner=(job.runner and job.runner.description) or "",
+        url=job.web_url,
+    )
+
+
+def _begun(job: answers.Job, every: Sequence[answers.Job]) -> int:
+    return sum(one.name == job.name and bool(one.started_at) for one in every)
 
 
 def _must_fit(labels: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Read a path or a URL. Raises ConfigurationError."""
         server, path = remote.split(text, "GitLab")
-        path = path.removeprefix("groups/")  # as in a browser
+        path = _plain(path)
         if not (server and not path) and not PATH.fullmatch(path):
             msg = (
                 f"{text!r} is no address on GitLab: give group/project, a group, or the URL"
@@ -64,8 +64,14 @@ def detect(text: str, environment: Mapping[str, str]) -> str:
         server, path = remote.split(text, "GitLab")
     except ConfigurationError:
         return ""
+    path = _plain(path)
     if not server:
         return f"{home}/{path}" if home and PATH.fullmatch(path) else ""
     host = urlsplit(server).netloc
     ours = host in {"gitlab.com", urlsplit(home).netloc} or host.startswith("gitlab.")
     return f"{server}/{path}".removesuffix("/") if ours else ""
+
+
+def _plain(path: str) -> str:
+    """Leave out what a browser adds to a path."""
+    return path.removeprefix("groups/").partition("/-/")[0]

@@ -205,12 +205,13 @@ class Agent:
         reason = "it was done" if code == 0 else "it gave up, and said why in its output"
         return Exited(code=code, reason=reason, again=self._weary)
 
-    def abort(self, pid: int) -> None:
+    def abort(self, pid: int, reason: str = "") -> None:
         """Make the running job fail at once, and the program end.
 
         It would let the job's processes take ten minutes to end, so they are killed. A second
         signal would end it before it has told GitLab: so this is its only one.
         """
+        del reason  # GitLab calls it a failure of the runner, whatever it was
         if pid in self._aborted:
             return
         self._aborted.add(pid)

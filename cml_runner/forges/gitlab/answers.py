@@ -95,6 +95,8 @@ class Job:
     pipeline: Pipeline
     web_url: str = ""
     runner: JobRunner | None = None
+    started_at: datetime | None = None
+    failure_reason: str | None = None
 
 
 # GraphQL: REST tells neither the tags nor the last contact of more than one runner at a time.

@@ -5,7 +5,7 @@ It needs no account, no network and no server. A job is a directory, and moves:
     queued/JOB/     script (run by its "#!" line, else by /bin/sh), labels (comma separated; "cml")
     running/JOB/    as well: runner (its name), attempt (1, 2, …), log (as it grows)
     done/JOB/       as well: exit (its code), result (succeeded, failed, cancelled, or lost with
-                    its runner)
+                    its runner, or interrupted)
 
 What an earlier attempt left is kept beside them as log.1, exit.1, result.1, … To put in a job by
 hand, make its directory elsewhere on the same disk and move it into queued/; any name will do, and
@@ -52,6 +52,7 @@ from cml_runner.model import (
     Command,
     Event,
     Exited,
+    Interruption,
     Job,
     JobEnded,
     JobStarted,
@@ -63,7 +64,7 @@ from cml_runner.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from cml_runner.model import Credential, Package
@@ -72,7 +73,9 @@ Progress = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 PLACES = ("queued", "running", "done")
 RESULTS = ("succeeded", "failed", "cancelled")
-LOST = "lost with its runner"  # a result, too, that counts as failed
+LOST = "lost with its runner"  # a result, too, that counts as failed …
+INTERRUPTED = "interrupted"  # … as does this
+JOB = re.compile(r"/(queued|running|done)/([^/]+)/?$")  # the end of its address
 SECRET = "LOCAL_FORGE_SECRET"  # noqa: S105 - the variable's name
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
 ENDED, REFUSED, TRY_AGAIN, DELETED = 0, 1, 2, 7  # exit codes of the agent
@@ -131,7 +134,7 @@ class Forge:
     def detect(url: str, environment: Mapping[str, str]) -> str:
         """Claim what begins with "file:", and nothing else."""
         del environment
-        return url if url.startswith("file:") else ""
+        return JOB.sub("", url) if url.startswith("file:") else ""
 
     def check(self, labels: Sequence[str] = ()) -> None:
         """Make sure that the directory is there, and that we may write to it."""
@@ -234,6 +237,26 @@ class Forge:
         with self._locked():
             found = [one for one in self._jobs("done") if _text(one / "result") == LOST]
             return [one.job for one in map(self._state, found) if stands_for(one.job.runner, name)]
+
+    def interrupted(self, pipeline: str, ours: Callable[[str], bool]) -> list[Interruption]:
+        """Say if a job, which is its own pipeline, was interrupted or lost with its runner."""
+        del ours
+        match = JOB.search(pipeline)
+        if not match:
+            msg = f"{pipeline!r} is no job: give {self.url}/done/JOB"
+            raise ConfigurationError(msg)
+        with self._locked():
+            folder = self._find(unquote(match[2]))
+            if folder.parent.name != "done":
+                msg = f"{pipeline} is {folder.parent.name}"
+                raise JobRunning(msg)
+            job = self._state(folder).job
+            cut_off = _text(folder / "result") in (LOST, INTERRUPTED)
+            return [Interruption(job=job, times=job.attempt)] if cut_off else []
+
+    def retry_together(self, jobs: Sequence[Job]) -> bool:
+        """Say no: jobs of a queue have nothing to do with each other."""
+        return not jobs
 
     def packages(self) -> list[Package]:
         """List nothing: the agent comes with us."""
@@ -542,10 +565,10 @@ class Agent:
         reason = f"killed by signal {-code}" if code < 0 else reasons.get(code, "")
         return Exited(code=code, reason=reason, again=code == TRY_AGAIN or code < 0)
 
-    def abort(self, pid: int) -> None:
+    def abort(self, pid: int, reason: str = "") -> None:
         """Make the running job fail at once."""
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR2 if reason else signal.SIGUSR1)
 
     def drain(self, pid: int) -> None:
         """Do nothing: it has no way to be told."""

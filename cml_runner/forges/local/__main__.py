@@ -1,9 +1,9 @@
 """The agent of the embedded forge: a program which polls for jobs and runs them, one at a time.
 
 `python -m cml_runner.forges.local DIRECTORY NAME`, with the secret of the registration in the
-variable LOCAL_FORGE_SECRET. SIGUSR1 makes the running job fail, SIGTERM or SIGINT cancels it; then
-the agent ends. Exit codes: 0 it was told to end, or had its single job; 1 it could
-not start; 2 it may be started again; 7 its registration was deleted.
+variable LOCAL_FORGE_SECRET. SIGUSR1 makes the running job fail, SIGUSR2 as well and calls it
+interrupted, SIGTERM or SIGINT cancels it; then the agent ends. Exit codes: 0 it was told to end, or
+had its single job; 1 it could not start; 2 it may be started again; 7 its registration was deleted.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ from typing import TYPE_CHECKING, BinaryIO
 import psutil
 
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
-from cml_runner.forges.local import DELETED, ENDED, REFUSED, SECRET, TRY_AGAIN, Forge
+from cml_runner.forges.local import (
+    DELETED,
+    ENDED,
+    INTERRUPTED,
+    REFUSED,
+    SECRET,
+    TRY_AGAIN,
+    Forge,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cml_runner.forges.local import Entry, JobState
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 MARK = "LOCAL_FORGE_MARK"  # a variable by which a job's processes are found again
 POLL = 0.2  # seconds between two looks at the queue
 PATIENCE = 10  # seconds for killed processes to be gone
@@ -45,7 +53,7 @@ class Program:
 
     def __init__(self, forge: Forge, name: str) -> None:
         self.forge, self.name = forge, name
-        self.abort = self.stop = False
+        self.abort = self.stop = self.interrupted = False
         self.wakeup, pen = os.pipe()
         for end in (self.wakeup, pen):
             os.set_blocking(end, False)
@@ -54,12 +62,15 @@ class Program:
             signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, _frame: object) -> None:
-        self.abort |= number == signal.SIGUSR1
+        self.abort |= number in {signal.SIGUSR1, signal.SIGUSR2}
+        self.interrupted |= number == signal.SIGUSR2
         self.stop |= number in {signal.SIGTERM, signal.SIGINT}
 
     @property
     def _verdict(self) -> str:
         """What a signal said of the running job, if any."""
+        if self.interrupted:
+            return INTERRUPTED
         return "failed" if self.abort else "cancelled" if self.stop else ""
 
     def main(self, secret: str) -> int:

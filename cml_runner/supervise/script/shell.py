@@ -26,7 +26,7 @@ class Shell:
         """It is done."""
         return Exited(code=code)
 
-    def abort(self, pid: int) -> None:
+    def abort(self, pid: int, reason: str = "") -> None:
         """It has no jobs."""
 
     def drain(self, pid: int) -> None:

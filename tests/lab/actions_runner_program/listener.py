@@ -174,6 +174,7 @@ class Listener:
         self.worker: subprocess.Popen[bytes] | None = None
         self.stopping: int | None = None  # by what signal
         self.cancelled = False
+        self.output = ""  # of a worker that died
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -313,16 +314,23 @@ class Listener:
             return
         self.job, self.cancelled = job, False
         say(stamped(f"Running job: {job['name']}"))
-        DIAGNOSTICS.mkdir(exist_ok=True)
-        with (DIAGNOSTICS / f"Worker_{job['id']}.log").open("ab") as log:
-            command = [str(ROOT / "bin/Runner.Worker"), "spawnclient", "0", "1"]
-            pipe = subprocess.PIPE
-            self.worker = subprocess.Popen(command, stdin=pipe, stdout=log, stderr=log)
+        command = [str(ROOT / "bin/Runner.Worker"), "spawnclient", "0", "1"]
+        pipe, out = subprocess.PIPE, subprocess.STDOUT
+        self.worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=out)
         self._tell(json.dumps({**job, "server": self.server, "key": self.key, **self.known}))
         Thread(target=self._wait, args=(self.worker,), daemon=True).start()
 
     def _wait(self, worker: subprocess.Popen[bytes]) -> None:
-        self.events.put(("worker", worker.wait()))
+        """Wait for its end; what it printed, if it died, is shown to people beside the job."""
+        assert worker.stdout
+        output = worker.stdout.read().decode(errors="replace")
+        DIAGNOSTICS.mkdir(exist_ok=True)
+        with (DIAGNOSTICS / f"Worker_{self.job['id']}.log").open("a") as log:
+            log.write(output)
+        code = worker.wait()
+        known = 100 <= code < 100 + len(RESULTS)
+        self.output = "" if known else output.strip()
+        self.events.put(("worker", code))
 
     def _tell(self, line: str) -> None:
         if self.worker and self.worker.stdin:
@@ -336,7 +344,7 @@ class Listener:
         url = f"{self.server}/jobs/{self.job['id']}/finish"
         for _ in range(150):
             try:
-                ask("POST", url, self.key, {"result": result})
+                ask("POST", url, self.key, {"result": result, "message": self.output})
                 return
             except Failed as error:
                 if error.status == 404:
