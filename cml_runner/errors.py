@@ -74,12 +74,12 @@ class AgentFailed(RunnerError):
 
 
 class MissingDependency(RunnerError):
-    """A cloud was asked for whose SDK is not installed."""
+    """What was asked for, a cloud mostly, needs packages that are not installed."""
 
     exit_code = 9
 
-    def __init__(self, cloud: str) -> None:
-        super().__init__(f"{cloud} needs its SDK: pip install 'cml-runner[{cloud}]'")
+    def __init__(self, extra: str) -> None:
+        super().__init__(f"{extra} needs more packages: pip install 'cml-runner[{extra}]'")
 
 
 class CleanupFailed(RunnerError):
