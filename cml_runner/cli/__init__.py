@@ -25,6 +25,7 @@ COMMANDS = {
     "task": "task",
     "setup": "setup",
     "permissions": "setup",
+    "completion": "completion",
     "supervise": "supervise",
 }
 
