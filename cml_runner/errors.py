@@ -43,6 +43,10 @@ class CredentialsError(RunnerError):
     exit_code = 3
 
 
+class NoCredentials(CredentialsError):
+    """We found none, so nobody was asked; to who looks at all places that is no failure."""
+
+
 class NotFound(RunnerError):
     """No such runner, task, repository or resource."""
 

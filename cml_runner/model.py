@@ -181,6 +181,20 @@ class Lease:
     keeps: bool = False  # its data outlives its machines
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that a launch needs, looked at before anything is paid for.
+
+    "unknown": it couldn't be looked at; the message says why, and a launch may well succeed.
+    """
+
+    what: str
+    state: Literal["ok", "warning", "failed", "unknown"]
+    message: str = ""
+    hint: str = ""  # what to do next: a command, where there is one
+    code: int = 0  # if it failed, the exit code with which a launch would
+
+
 # What a forge reports
 
 

@@ -194,6 +194,15 @@ class Store:
             return sorted(item["path"] for item in found if item["path"].startswith(prefix))
         return []
 
+    def there(self) -> bool:
+        """Say if there is such a bucket, whatever is in it."""
+        import obstore
+
+        with suppress(FileNotFoundError), _translated(self.url):
+            next(iter(obstore.list(self._store, prefix="doctor")), None)
+            return True
+        return False
+
     def load(self, key: str, kind: type[T]) -> T | None:
         """Return a dataclass that was saved; None if there is no such object."""
         content = self.read(key)

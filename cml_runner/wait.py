@@ -1,18 +1,22 @@
-"""Wait for something to become true."""
+"""Wait for something to become true, or to succeed."""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from cml_runner.errors import NotReady
+from cml_runner.errors import NotReady, RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 LOOKS = (0.5, 1, 2, 4)  # seconds after one that found nothing
+PAUSES = (1, 2, 5, 10, 30)  # seconds after an attempt to leave; the last one for ever
 
 
 def until(condition: Callable[[], T], what: str, timeout: float, every: float = 1) -> T:
@@ -37,3 +41,14 @@ def patiently(look: Callable[[], T]) -> T:
             return found
         time.sleep(pause)
     return look()
+
+
+def insist(action: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """Do what a machine must do to leave, whatever it takes: its deadline ends it otherwise."""
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return action()
+        except (RunnerError, OSError) as error:
+            log.warning("can't leave yet: %s", error)
+            sleep(next(pauses, PAUSES[-1]))

@@ -170,7 +170,7 @@ def seconds(value: float) -> str:
 
 
 def measure(bench: Bench) -> None:
-    from tests import bench_aws, bench_gcp, bench_kubernetes
+    from tests import bench_aws, bench_azure, bench_gcp, bench_kubernetes
     from tests.worlds import WORLDS, Local
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -183,6 +183,8 @@ def measure(bench: Bench) -> None:
             launches(bench, world, forge, 1)
     with tried("AWS"):
         bench_aws.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
+    with tried("Azure"):
+        bench_azure.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
     with tried("Google Cloud"):
         bench_gcp.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
     with tried("AWS, in the lab"):

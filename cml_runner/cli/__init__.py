@@ -23,6 +23,7 @@ COMMANDS = {
     "destroy": "tasks",
     "gc": "tasks",
     "task": "task",
+    "doctor": "doctor",
     "setup": "setup",
     "permissions": "setup",
     "completion": "completion",

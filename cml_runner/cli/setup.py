@@ -34,12 +34,14 @@ def setup_(cloud: str, cloud_region: str, output: str) -> None:
 @click.command("permissions", context_settings=options.SETTINGS)
 @NAME
 @REGION
+@options.option("--doctor", is_flag=True, help="Also allow what only doctor reads.")
 @options.common
-def permissions_(cloud: str, cloud_region: str, output: str) -> None:
+def permissions_(cloud: str, cloud_region: str, output: str, *, doctor: bool) -> None:
     """Print the least policy for whoever launches, as the cloud wants it; nothing is sent."""
     import json
 
-    documents = [_load(cloud, region).permissions() for region in _regions(cloud_region)]
+    regions = _regions(cloud_region)
+    documents = [_load(cloud, region).permissions(doctor=doctor) for region in regions]
     for document in documents:
         click.echo(json.dumps(document, indent=2))
 

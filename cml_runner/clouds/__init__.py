@@ -8,10 +8,10 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
-    from cml_runner.model import Happening, Identifier, Instance, Lease, Notice, Task
+    from cml_runner.model import Check, Happening, Identifier, Instance, Lease, Notice, Task
     from cml_runner.store import Store
 
 NAMES = tuple(module.name for module in iter_modules(__path__))
@@ -129,8 +129,19 @@ class Cloud(Protocol):
         Raises CredentialsError, with all that is missing, if we may not.
         """
 
-    def permissions(self) -> Mapping[str, Any]:
-        """Return the least policy for whoever launches, as the cloud writes it; sends nothing."""
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
+        """Return the least policy for whoever launches, as the cloud writes it; sends nothing.
+
+        With `doctor` it also allows what only `checks()` reads.
+        """
+
+    def checks(self, task: Task) -> Iterable[Check]:
+        """Look at all that launching this task takes, changing nothing.
+
+        The first one is the login; if that fails, or if the description of the machine makes no
+        sense, what depends on it is left out. Raises NoCredentials or MissingDependency, at once;
+        else it raises nothing: what can't be looked at is unknown.
+        """
 
     @staticmethod
     def rank() -> int | None:

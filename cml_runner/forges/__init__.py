@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 from cml_runner.errors import AlreadyExists
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
     from typing import ClassVar
 
     from cml_runner.model import (
+        Check,
         Command,
         Credential,
         Event,
@@ -59,6 +60,12 @@ class Forge(Protocol):
         """Make sure that we may register runners with these labels, before money is spent.
 
         Raises ConfigurationError for labels that can't be.
+        """
+
+    def checks(self, labels: Sequence[str] = ()) -> Iterable[Check]:
+        """Look at all that `check()` makes sure of, and more, changing nothing, as clouds do.
+
+        Raises NoCredentials at once, else nothing.
         """
 
     def runners(self) -> list[Runner]:

@@ -6,10 +6,10 @@ import base64
 import binascii
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cml_runner import __version__, access, clouds, times
 from cml_runner.errors import ConfigurationError
@@ -131,6 +131,27 @@ def read(options: Options, environment: Mapping[str, str]) -> Order:
     return _Reader(options, environment).order()
 
 
+def machine(options: Options, cloud: str) -> tuple[Machine, Program, int]:
+    """Understand only what is said of machines, for one of the clouds; and how many there are.
+
+    Options that are another cloud's own are left out. Raises ConfigurationError.
+    """
+    own: dict[str, Any] = {
+        name: _nothing(options, name) for name in NATIVE if not _is_of(name, cloud)
+    }
+    return _Reader(replace(options, **own, cloud=cloud), {}).machine()
+
+
+def labels(options: Options) -> tuple[str, ...]:
+    """List the runner's labels."""
+    return _split(options.labels)
+
+
+def regions(options: Options) -> tuple[str, ...]:
+    """List the regions, in order of preference."""
+    return _split(options.cloud_region)
+
+
 class _Reader:
     """Reads option after option; a mistake is noted and reading goes on."""
 
@@ -141,7 +162,7 @@ class _Reader:
     def order(self) -> Order:
         options = self.options
         found = self.take("", self._access, None)
-        labels = _split(options.labels)
+        named = labels(options)
         count = self.take("--count", lambda: _count(options.count), 1)
         lifetime = self.duration("--max-lifetime", options.max_lifetime)
         machine = self._machine()
@@ -150,7 +171,7 @@ class _Reader:
         wait_timeout = self.duration("--wait-timeout", options.wait_timeout)
         startup = self.take("--cloud-startup-script", self._startup, "")
         program = self._program()
-        self._together(labels, count)
+        self._together(named, count)
         self._without_effect()
         if self.mistakes or not found:
             raise ConfigurationError(*self.mistakes)
@@ -161,7 +182,7 @@ class _Reader:
             id=identifier,
             name=name,
             names=names(name, count),
-            labels=labels,
+            labels=named,
             idle_timeout=idle_timeout,
             single=options.single,
             reuse=options.reuse,
@@ -169,7 +190,7 @@ class _Reader:
             retry=not options.no_retry,
             docker_volumes=options.docker_volumes,
             cloud=options.cloud,
-            regions=_split(options.cloud_region),
+            regions=regions(options),
             machine=machine,
             tags=tags,
             startup=startup,
@@ -183,6 +204,15 @@ class _Reader:
             wait_timeout=wait_timeout or float("inf"),
             dry_run=options.dry_run,
         )
+
+    def machine(self) -> tuple[Machine, Program, int]:
+        options = self.options
+        count = self.take("--count", lambda: _count(options.count), 1)
+        found = self._machine(), self._program(), count
+        self._together(labels(options), count)
+        if self.mistakes:
+            raise ConfigurationError(*self.mistakes)
+        return found
 
     def take(self, flag: str, reading: Callable[[], T], otherwise: T) -> T:
         try:
@@ -270,10 +300,10 @@ class _Reader:
             msg = "neither Base64 nor @FILE"
             raise ValueError(msg) from error
 
-    def _together(self, labels: Sequence[str], count: int) -> None:
+    def _together(self, named: Sequence[str], count: int) -> None:
         """What makes no sense together."""
         options = self.options
-        lists = {"labels": labels, "cloud-region": _split(options.cloud_region)}
+        lists = {"labels": named, "cloud-region": regions(options)}
         lists["cloud-type"] = _split(options.cloud_type)
         for flag in (flag for flag, values in lists.items() if not values):
             self.mistakes.append(f"--{flag}: at least one is needed")
@@ -298,6 +328,14 @@ class _Reader:
         for name in () if options.cloud else ONLY_ON_CLOUDS:
             if getattr(options, name):
                 log.warning("--%s has no effect without --cloud", name.replace("_", "-"))
+
+
+def _is_of(native: str, cloud: str) -> bool:
+    return native.startswith(f"cloud_{cloud}_")
+
+
+def _nothing(options: Options, name: str) -> str | tuple[str, ...]:
+    return "" if isinstance(getattr(options, name), str) else ()
 
 
 def _identifier(name: str, url: str) -> Identifier:

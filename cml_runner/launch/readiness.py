@@ -112,29 +112,34 @@ class Wait:
 
     def _events(self) -> None:
         events = self.plan.group.events()
-        crashes = 0
         for event in events:
-            crashes += event.kind == "error"
             if event.kind in FATAL:
                 raise FATAL[event.kind](event.message)
-            if crashes == CRASHES:
-                msg = f"machines die as they start: {event.message}{self._tail()}"
-                raise NotReady(msg)
-        if crashes and bootstrap.FAILED in self.plan.group.console():
-            msg = f"the machine can't be prepared{self._tail()}"
-            raise NotReady(msg)
+        if crashes := [event.message for event in events if event.kind == "error"]:
+            self._crashed(crashes)
         for event in events:
             if event.message not in self.seen:
                 log.info("%s", event.message)
                 self.last = event.message
         self.seen |= {event.message for event in events}
 
-    def _tail(self) -> str:
+    def _crashed(self, crashes: list[str]) -> None:
+        """Give up if it makes no sense to wait for the machines in their place."""
+        console = self._console()  # once: the next look may be at another machine
+        if bootstrap.FAILED in console:
+            msg = f"the machine can't be prepared{self._tail(console)}"
+            raise NotReady(msg)
+        if len(crashes) >= CRASHES:
+            msg = f"machines die as they start: {crashes[-1]}{self._tail(console)}"
+            raise NotReady(msg)
+
+    def _tail(self, console: str | None = None) -> str:
         """The last lines of the first machine that has any to show; else of a console."""
         logs = (self.bucket.log(rank) for rank in range(self.order.count))
         lines = next(filter(None, logs), "").splitlines()[-TAIL:]
         if not lines:
-            _, found, after = self._console().rpartition(bootstrap.FAILED)
+            text = self._console() if console is None else console
+            _, found, after = text.rpartition(bootstrap.FAILED)
             lines = f"{found}{after}".splitlines()[:TAIL] if found else after.splitlines()[-TAIL:]
         return "".join(f"\n  {line}" for line in lines)
 

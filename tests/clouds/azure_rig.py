@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cml_runner.clouds import Plan
     from cml_runner.model import Notice
+    from tests.lab.azure.azurite import Azurite
 
 PROGRAM = Program(version="1.2.3", requirement="cml-runner==1.2.3")
 
@@ -119,9 +120,9 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureRig]:
+def rig(monkeypatch: pytest.MonkeyPatch, azurite: Azurite | None = None) -> Iterator[AzureRig]:
     """Open it, and close it; whatever a test leaves is no test's business."""
-    with Azure() as azure:
+    with Azure(azurite=azurite) as azure:
         obedient = Obedient(azure)
         obedient.start()
         found = AzureRig(azure, monkeypatch)

@@ -28,12 +28,14 @@ from cml_runner.errors import (
 )
 from cml_runner.model import Machine, Program, Task
 from cml_runner.wait import until
+from tests.lab.azure import models
 from tests.lab.azure.front import LOST
 from tests.lab.azure.manager import STATUS, SUBSCRIPTION
 
 if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from tests.clouds.azure_rig import AzureRig
+    from tests.lab.azure.wire import Call
 
 SOON = datetime.now(timezone.utc) + timedelta(hours=1)
 PLACE = Place(SUBSCRIPTION, "westus2")
@@ -784,13 +786,16 @@ def test_a_machine_without_settings_ends_its_group(azure_rig: AzureRig) -> None:
 
 def test_a_machine_whose_container_is_gone_ends_its_group(azure_rig: AzureRig) -> None:
     plan = launch(azure_rig)
-    azure_rig.azure.blobs.containers.clear()
+    azure_rig.azure.blobs.clear()
     (name,) = azure_rig.azure.fleet.lives
     azure_rig.leave(plan, name)
     until(lambda: azure_rig.azure.left() == [], "all to go", 10, 0.05)
 
 
-def test_leaving_goes_on_until_it_is_done(azure_rig: AzureRig) -> None:
+def test_leaving_goes_on_until_it_is_done(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cml_runner.wait.PAUSES", (0.01,))
     plan = launch(azure_rig)
     for action in (f"{SCALE_SETS}/delete", "Microsoft.Insights/autoscalesettings/delete"):
         azure_rig.azure.fail(action, "InternalServerError", times=2, status=500)
@@ -883,3 +888,58 @@ def test_a_request_that_azure_does_not_know_is_refused(azure_rig: AzureRig) -> N
             body,
         )
     assert azure_rig.azure.left() == []
+
+
+IN_REGION = {"location": "westus2"}
+SETTING = "Microsoft.Insights/autoscalesettings"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "wrong"),
+    [
+        (SCALE_SETS, {}, ".location: missing"),
+        (SCALE_SETS, {**IN_REGION, "zones": "1"}, ".zones: '1' is no list"),
+        (SCALE_SETS, {**IN_REGION, "sku": {"capacity": True}}, ".sku.capacity: True is no int"),
+        (
+            SCALE_SETS,
+            {**IN_REGION, "properties": {"timeCreated": "now"}},
+            ".properties.timeCreated: can't be sent, only read",
+        ),
+        (
+            SCALE_SETS,
+            {**IN_REGION, "properties": {"orchestrationMode": "Loose"}},
+            ".properties.orchestrationMode: 'Loose' is no OrchestrationMode",
+        ),
+        (SETTING, IN_REGION, ".properties: missing"),
+        (SETTING, {**IN_REGION, "properties": {}}, ".properties.profiles: missing"),
+        (SETTING, {**IN_REGION, "properties": {"profiles": [{}]}}, "profiles[].capacity: missing"),
+        ("Microsoft.Compute/disks", {}, "nobody knows what PUT Microsoft.Compute/disks takes"),
+    ],
+)
+def test_what_the_vendors_models_refuse(kind: str, body: Any, wrong: str) -> None:
+    assert any(one.endswith(wrong) for one in models.problems("PUT", kind, body))
+
+
+def test_an_answer_that_azure_would_not_give_is_a_bug_of_the_fake(azure_rig: AzureRig) -> None:
+    azure_rig.azure.manager.resources[PLACE.scope.lower()]["tag"] = {}
+    session.Session().call("resource", "resource_groups", "get", PLACE.group)
+    kind = "Microsoft.Resources/subscriptions/resourceGroups"
+    assert azure_rig.azure.app.bugs == [f"GET {kind} answers .tag: unknown"]
+    azure_rig.azure.app.bugs.clear()
+
+
+def test_machines_and_launchers_speak_in_one_version(azure_rig: AzureRig) -> None:
+    """Of what both of them write: so the same models are right for both."""
+    seen: set[str] = set()
+
+    def watch(call: Call) -> None:
+        if call.kind == SETTING and call.method == "PUT":
+            seen.add(call.query["api-version"])
+
+    azure_rig.azure.app.watch = watch
+    plan = launch(azure_rig, replace(task(azure_rig), count=2))
+    written = len([one for one in azure_rig.azure.app.calls if one.action == f"{SETTING}/write"])
+    azure_rig.leave(plan, next(iter(azure_rig.azure.fleet.lives)))
+    calls = [one for one in azure_rig.azure.app.calls if one.action == f"{SETTING}/write"]
+    assert len(calls) > written
+    assert len(seen) == 1

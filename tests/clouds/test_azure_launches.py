@@ -28,40 +28,6 @@ def environment(azure_rig: AzureRig, tmp_path: Path) -> Mapping[str, str]:
     return {**azure_rig.azure.environment(user), "CML_RUNNER_REPO": forge.url}
 
 
-def launch_and_kill(rig: AzureRig, cli: Cli, environment: Mapping[str, str], last: int) -> int:
-    """Kill the launcher when it makes its call of this number; return its exit code."""
-    calls = 0
-    process = None
-
-    def watch(_: Call) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == last and process:
-            process.kill()
-
-    process = cli.start("launch", *IN_REGION, "--no-wait", environment=environment)
-    rig.azure.app.watch = watch
-    process.communicate(timeout=60)
-    rig.azure.app.watch = lambda _: None
-    return process.returncode
-
-
-def test_a_launcher_that_is_killed_leaves_nothing_that_gc_does_not_find(
-    azure_rig: AzureRig, cli: Cli, environment: Mapping[str, str]
-) -> None:
-    survived = None
-    for number in range(1, 40):
-        code = launch_and_kill(azure_rig, cli, environment, number)
-        cli.run("gc", *IN_REGION, "--older-than", "0.001", environment=environment)
-        assert azure_rig.azure.left() == [], f"killed at call {number}"
-        if code == 0:
-            survived = number
-            break
-        assert code == -signal.SIGKILL
-    assert survived
-    assert survived > 7
-
-
 def test_ctrl_c_clears_up(azure_rig: AzureRig, cli: Cli, environment: Mapping[str, str]) -> None:
     process = None
 

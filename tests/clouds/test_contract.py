@@ -284,3 +284,20 @@ def test_an_unknown_size_is_refused(rig: Rig) -> None:
     task = Task(id=rig.task().id, machine=Machine(types=("m", "as big as a house")))
     with pytest.raises(ConfigurationError, match="as big as a house"):
         rig.cloud.plan(task)
+
+
+def test_what_a_launch_needs_can_be_looked_at_and_is_there(rig: Rig) -> None:
+    found = list(rig.cloud.checks(rig.task()))
+    assert found[0].what == "login"
+    assert {one.state for one in found} <= {"ok", "warning", "unknown"}, found
+    assert [one.state for one in found if one.what == "clock"] == ["ok"]
+    assert len(found) > 2
+    assert rig.cloud.tasks() == []
+
+
+def test_a_machine_that_makes_no_sense_is_told_by_looking(rig: Rig) -> None:
+    task = replace(rig.task(), machine=Machine(types=("no such type!",), image="no such image!"))
+    wrong = [one for one in rig.cloud.checks(task) if one.state == "failed"]
+    if rig.cloud.dedicated or wrong:  # the embedded cloud has but one machine
+        assert {one.code for one in wrong} == {ConfigurationError.exit_code}
+        assert all(one.hint for one in wrong)

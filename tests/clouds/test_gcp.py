@@ -89,6 +89,7 @@ def test_a_spot_machine_is_closed_has_an_end_and_is_ours(gcp_rig: GcpRig) -> Non
         "instanceTerminationAction": "DELETE",
         "automaticRestart": False,
         "onHostMaintenance": "TERMINATE",
+        "preemptionNoticeDuration": {"seconds": "120"},
         "terminationTime": f"{SOON:%Y-%m-%dT%H:%M:%S}.000Z",
     }
     assert data["tags"] == {"items": ["cml-runner"]}
@@ -300,16 +301,42 @@ def test_fifty_machines_cost_no_more_calls_than_one(gcp_rig: GcpRig) -> None:
 # What befalls machines
 
 
+def seconds_left(rig: GcpRig, plan: Plan, machine: str) -> float:
+    notice = rig.notice(plan, machine)
+    assert notice
+    assert notice.deadline
+    return (notice.deadline - datetime.now(timezone.utc)).total_seconds()
+
+
 def test_a_preemption_is_an_interruption(gcp_rig: GcpRig) -> None:
     plan = launch(gcp_rig)
     (machine,) = running(gcp_rig, plan)
     assert gcp_rig.notice(plan, machine) is None
     gcp_rig.gcp.compute.preempt(machine, 0.5)
-    notice = gcp_rig.notice(plan, machine)
-    assert notice
-    assert notice.deadline
+    assert seconds_left(gcp_rig, plan, machine) == pytest.approx(120, abs=10)
     assert "interruption" in kinds(plan)
     until(lambda: gcp_rig.running(plan) not in ([], [machine]), "another one", 10)
+
+
+def test_where_there_is_no_long_notice_it_is_short(gcp_rig: GcpRig) -> None:
+    text = "Invalid value for field 'resource.properties.scheduling.preemptionNoticeDuration'"
+    fault = gcp_rig.gcp.fail("compute.instanceTemplates.insert", 400, "invalid", text)
+    wanted = task(gcp_rig)
+    plan = launch(gcp_rig, wanted)
+    assert not fault.times
+    assert "preemptionNoticeDuration" not in template(gcp_rig, wanted)["scheduling"]
+    (machine,) = running(gcp_rig, plan)
+    gcp_rig.gcp.compute.preempt(machine, 20)
+    assert seconds_left(gcp_rig, plan, machine) == pytest.approx(30, abs=10)
+
+
+def test_a_template_that_is_wrong_is_not_tried_again(gcp_rig: GcpRig) -> None:
+    text = "Invalid value for field 'resource.name'"
+    fault = gcp_rig.gcp.fail("compute.instanceTemplates.insert", 400, "invalid", text, times=2)
+    with pytest.raises(RunnerError, match=r"resource\.name"):
+        launch(gcp_rig)
+    assert fault.times == 1
+    assert gcp_rig.gcp.left() == []
 
 
 def test_a_machine_that_powers_itself_off_is_an_error_and_made_anew(gcp_rig: GcpRig) -> None:
@@ -713,7 +740,7 @@ def test_before_it_can_speak_a_machine_has_its_console(gcp_rig: GcpRig) -> None:
 def test_leaving_goes_on_until_it_is_done(
     gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
-    monkeypatch.setattr("cml_runner.clouds.gcp.machine.pauses", lambda: iter([0.01] * 99))
+    monkeypatch.setattr("cml_runner.wait.PAUSES", (0.01,))
     plan = launch(gcp_rig)
     (machine,) = running(gcp_rig, plan)
     gcp_rig.gcp.fail(f"compute.{action}", 500, "backendError", times=3)

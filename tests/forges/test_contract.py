@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cml_runner import forges
-from cml_runner.errors import AlreadyExists, JobRunning, NotFound
+from cml_runner.errors import AlreadyExists, CredentialsError, JobRunning, NotFound
 from cml_runner.forges import bitbucket, github, gitlab, local
 from cml_runner.model import Credential, JobEnded, JobStarted, Ready, Runner
 from cml_runner.wait import until
@@ -488,6 +488,21 @@ def test_the_secret_stays_secret(scene: Scene, waiting: str, flag: Path, *, sing
     assert "CI=true" in scene.rig.log(job)
     assert registration.secret not in scene.rig.log(job)
     assert registration.secret not in "".join(started.lines)
+
+
+def test_what_a_launch_needs_can_be_looked_at_and_is_there(scene: Scene) -> None:
+    found = list(scene.forge.checks(["cml"]))
+    assert found[0].what == "login"
+    assert {one.state for one in found} <= {"ok", "warning", "unknown"}, found
+    assert len(found) > 1
+    assert scene.forge.runners() == []
+
+
+def test_a_repository_that_is_not_there_is_told_by_looking(scene: Scene) -> None:
+    wrong = [one for one in scene.rig.nowhere.checks(["cml"]) if one.state == "failed"]
+    assert {one.code for one in wrong} <= {NotFound.exit_code, CredentialsError.exit_code}
+    assert wrong
+    assert all(one.hint for one in wrong)
 
 
 def test_no_such_repository(scene: Scene) -> None:

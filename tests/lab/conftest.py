@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.lab.prepare import SUITES
-from tests.lab.region import Region, missing
+from tests.lab.region import missing
+from tests.lab.stage import PLACES, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.lab.stage import Stage
 
 PREPARED = Path(os.environ.get("LAB_DIRECTORY", "/nonexistent"))
 
@@ -30,16 +32,12 @@ def forge() -> str:
     return "github"
 
 
-@pytest.fixture
-def region(tmp_path: Path, suite: str, forge: str) -> Iterator[Region]:
-    """A set-up account, whose launcher may do no more than our own policy says."""
+@pytest.fixture(params=PLACES)
+def stage(
+    request: pytest.FixtureRequest, tmp_path: Path, suite: str, forge: str
+) -> Iterator[Stage]:
+    """A region of each cloud, whose launcher may do no more than our own policy says."""
     if reason := missing(PREPARED):
         pytest.skip(f"the lab {reason}")
-    with Region(PREPARED, tmp_path, suite, forge) as found:
-        done = found.cli("setup", "aws")
-        assert done.returncode == 0, done.stderr
-        policy = json.loads(found.cli("permissions", "aws").stdout)
-        found.launcher = found.aws.add_user(policy)
+    with opened(request.param, PREPARED, tmp_path, suite, forge) as found:
         yield found
-        refused = [one for one in found.aws.app.calls if "Unauthorized" in one.error]
-        assert refused == []

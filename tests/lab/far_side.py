@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class FarSide:
     bugs: list[str] = field(default_factory=list)
     changed: threading.RLock = field(default_factory=threading.RLock)
     address: str = ""  # by which programs know it, if there is a proxy before it
+    ahead: float = 0  # seconds that its clock is
 
     def __post_init__(self) -> None:
         self.app = Flask(type(self).__name__)
@@ -63,7 +65,9 @@ class FarSide:
         self.app.after_request(self._after)
         self.app.register_error_handler(Exception, self._failed)
         self.routes()
-        self._server = make_server("127.0.0.1", 0, self.app, threaded=True, request_handler=_Quiet)
+        self._server = make_server(
+            "127.0.0.1", 0, self.app, threaded=True, request_handler=self._handler()
+        )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
     def routes(self) -> None:
@@ -117,6 +121,15 @@ class FarSide:
         """Return the requests so far whose path matches a regular expression."""
         with self.changed:
             return [o for o in self.requests if o.method == method and re.fullmatch(path, o.path)]
+
+    def _handler(self) -> type[WSGIRequestHandler]:
+        far = self
+
+        class Handler(_Quiet):
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return super().date_time_string((timestamp or time.time()) + far.ahead)
+
+        return Handler
 
     # One request
 

@@ -77,6 +77,7 @@ class GitHub(State):
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.bugs: list[str] = []
+        self.ahead: float = 0  # seconds that its clock is
         self.limited: tuple[float, bool] = (0.0, False)
         self._server = _Server(self)
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -264,6 +265,10 @@ class _Handler(BaseHTTPRequestHandler):
             _break(self.connection)
 
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = handle_any
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        ahead = cast("_Server", self.server).gh.ahead
+        return super().date_time_string((timestamp or time.time()) + ahead)
 
     def log_message(self, *_: Any) -> None:
         """Be silent."""

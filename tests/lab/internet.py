@@ -20,6 +20,7 @@ import subprocess
 import threading
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,7 +285,8 @@ def certify(directory: Path) -> None:
         .add_extension(usage, critical=True)
         .sign(keys[0], hashes.SHA256())
     )
-    names = x509.SubjectAlternativeName([x509.DNSName(one) for one in NAMES])
+    here = x509.IPAddress(ip_address("127.0.0.1"))
+    names = x509.SubjectAlternativeName([here, *(x509.DNSName(one) for one in NAMES)])
     leaf = (
         identified(certificate("server", keys[1]), keys[1])
         .add_extension(names, critical=False)

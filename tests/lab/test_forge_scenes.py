@@ -1,4 +1,4 @@
-"""A runner's life on AWS for the forges which the other scenes aren't played on."""
+"""A runner's life for the forges which the other scenes aren't played on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.lab import test_aws_scenes
-from tests.lab.test_aws_scenes import nothing_is_left, only, wait
-
 if TYPE_CHECKING:
-    from tests.lab.region import Region
+    from tests.lab.stage import Stage
 
-pytestmark = [pytest.mark.lab, pytest.mark.parametrize("forge", ["gitlab", "bitbucket"])]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.parametrize("stage", ["aws"], indirect=True),
+    pytest.mark.parametrize("forge", ["gitlab", "bitbucket"]),
+]
 
 LONG = "echo first half\nsleep 6\necho second half"
 
@@ -26,48 +27,37 @@ chmod 755 /usr/local/bin/java
 """
 
 
-PATIENCE = 60  # seconds
-
-
-def launch(region: Region, *more: str) -> str:
+def launch(stage: Stage, *more: str) -> str:
     """Launch machines on which there is a Java; return the identifier."""
-    script = region.directory / "script"
+    script = stage.region.directory / "script"
     script.write_text(JAVA)
-    found = test_aws_scenes.launch(region, "--cloud-startup-script", f"@{script}", *more)
-    return str(found["id"])
+    return str(stage.launch("--cloud-startup-script", f"@{script}", *more)["id"])
 
 
-def test_interrupted_in_the_middle_of_a_job(region: Region, forge: str) -> None:
-    world = region.world
-    world.submit("train", LONG, "x")
-    identifier = launch(region, "--cloud-spot", "--idle-timeout", "4s")
-    wait(region, lambda: "first half" in world.job("train").log, "the middle of the job", PATIENCE)
-    first = only(region).instance.id
-    region.aws.instances.interrupt(first, after=30)
-    wait(
-        region, lambda: [one.instance.id for one in region.alive()] != [first], "its end", PATIENCE
-    )
-    wait(region, lambda: world.job("train").state == "succeeded", "its good end", 90)
-    assert world.job("train").attempt == 2
-    nothing_is_left(region)
-    done = region.cli("logs", identifier)
-    assert "idle for 4 s" in done.stdout, done.stderr
+def test_interrupted_in_the_middle_of_a_job(stage: Stage, forge: str) -> None:
+    stage.submit("train", LONG)
+    identifier = launch(stage, "--cloud-spot", "--idle-timeout", "4s")
+    stage.wait_for_log("train", "first half")
+    stage.wait_for_another(stage.interrupt())
+    stage.wait_for_job("train", 90)
+    assert stage.job("train").attempt == 2
+    stage.nothing_is_left()
+    assert "idle for 4 s" in stage.cli("logs", identifier).stdout
 
 
-def test_one_job_and_no_more(region: Region, forge: str) -> None:
-    world = region.world
-    world.submit("train", "id -un; env; sleep 2; ps -eo args", "x")
-    launch(region, "--single", "--idle-timeout", "never")
-    machine = only(region)
-    assert region.token not in machine.instance.user_data
+def test_one_job_and_no_more(stage: Stage, forge: str) -> None:
+    stage.submit("train", "id -un; env; sleep 2; ps -eo args")
+    launch(stage, "--single", "--idle-timeout", "never")
+    machine, token = stage.only(), stage.region.token
+    assert token not in machine.instance.user_data
     if forge == "gitlab":  # nothing but the runner's own token is there
-        assert machine.traces(region.token) == []
-        assert not any(region.token.encode() in one for one in region.aws.objects().values())
-        assert not machine.remembers("cml_runner.supervise", region.token)
-    world.submit("second", "true", "x")
-    wait(region, lambda: world.job("train").state == "succeeded", "the job", PATIENCE)
-    log = world.job("train").log
+        assert machine.traces(token) == []
+        assert not any(token.encode() in one for one in stage.there.objects().values())
+        assert not machine.remembers("cml_runner.supervise", token)
+    stage.submit("second", "true")
+    stage.wait_for_job("train")
+    log = stage.job("train").log
     assert "runner" in log.splitlines()
-    assert not [one for one in world.secrets if one in log]
-    nothing_is_left(region)
-    assert world.job("second").state == "queued"
+    assert not [one for one in stage.world.secrets if one in log]
+    stage.nothing_is_left()
+    assert stage.job("second").state == "queued"

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cml_runner.wait import until
-from tests.lab.azure.region import AzureRegion
-from tests.lab.conftest import PREPARED
-from tests.lab.gcp.region import GoogleRegion
-from tests.lab.region import Region, missing
-from tests.lab.test_aws_scenes import only, wait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from tests.lab.stage import Stage
 
 pytestmark = pytest.mark.lab
 
-PLACES: Mapping[str, tuple[type[Region], str]] = {
-    "aws": (Region, "us-west-2"),
-    "azure": (AzureRegion, "westus2"),
-    "gcp": (GoogleRegion, "us-west1"),
-}
 LAST = 60
 SCRIPT = f"""\
 #!/bin/bash
@@ -54,121 +44,58 @@ def workdir(tmp_path: Path) -> Path:
     return place
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A region of one cloud."""
-
-    cloud: str
-    region: Any
-    name: str  # of the region
-
-    @property
-    def there(self) -> Any:
-        """The fake cloud."""
-        return getattr(self.region, self.cloud)
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        return ("--cloud", self.cloud, "--cloud-region", self.name)
-
-    def run(self, workdir: Path, *more: str) -> None:
-        where = ("--cloud", self.cloud, "--region", self.name, "--workdir", str(workdir))
-        script = ("--name", "count", "--detach", "--script", str(workdir / "script"))
-        done = self.region.cli("task", "run", *where, *script, *more)
-        assert done.returncode == 0, f"{done.stderr}\n{self.region.said()}"
-
-    def wait(self, condition: Any, what: str, timeout: float = 60) -> None:
-        wait(self.region, condition, what, timeout)
-
-    def log(self) -> str:
-        found: str = self.region.cli("task", "logs", "count", *self.place).stdout
-        return found
-
-    def begins(self) -> list[int]:
-        found = re.findall(r"begin at (\d+), epoch \d, as runner", self.log())
-        return [int(one) for one in found]
-
-    def interrupt(self) -> None:
-        """Announce that the machine will be taken away, and take it."""
-        name = only(self.region).instance.id
-        match self.cloud:
-            case "aws":
-                self.there.instances.interrupt(name, after=30)
-            case "azure":
-                self.there.fleet.evict(name, after=30)
-            case "gcp":
-                self.there.compute.preempt(name, after=30)
-
-    def cut(self) -> None:
-        """Take the machine away without a word."""
-        name = only(self.region).instance.id
-        match self.cloud:
-            case "aws":
-                self.there.instances.terminate(self.name, name, "Server.InternalError")
-            case "azure":
-                self.there.fleet.evict(name, after=0)
-            case "gcp":
-                self.there.compute.crash(name)
-
-    def costly(self) -> list[str]:
-        return [one for one in self.there.left() if not one.startswith("object")]
-
-    def check(self, workdir: Path) -> None:
-        """Wait for the end; see that all has come home, and that nothing is left."""
-        done = self.region.cli("task", "logs", "-f", "count", *self.place)
-        assert done.returncode == 0, f"{done.stderr}\n{done.stdout}\n{self.region.said()}"
-        assert done.stdout.splitlines()[-1] == "root"
-        self.wait(lambda: not self.costly(), f"all that costs much to go: {self.costly()}")
-        done = self.region.cli("task", "destroy", "count", *self.place)
-        assert done.returncode == 0, done.stderr
-        assert (workdir / "counter").read_text() == f"{LAST}\n"
-        lines = set((workdir / "large").read_text().split()[:-1])
-        assert lines == {str(LAST)}
-        assert self.there.objects() == {}
+def run(stage: Stage, workdir: Path, *more: str) -> None:
+    where = ("--cloud", stage.cloud, "--region", stage.name, "--workdir", str(workdir))
+    script = ("--name", "count", "--detach", "--script", str(workdir / "script"))
+    stage.cli("task", "run", *where, *script, *more)
 
 
-@pytest.fixture(params=PLACES)
-def stage(
-    request: pytest.FixtureRequest, tmp_path: Path, suite: str, forge: str
-) -> Iterator[Stage]:
-    if reason := missing(PREPARED):
-        pytest.skip(f"the lab {reason}")
-    kind, name = PLACES[request.param]
-    with kind(PREPARED, tmp_path, suite, forge) as region:
-        found = Stage(request.param, region, name)
-        done = region.cli("setup", found.cloud)
-        assert done.returncode == 0, done.stderr
-        role = json.loads(region.cli("permissions", found.cloud).stdout)
-        region.launcher = found.there.add_user(role)
-        yield found
+def log(stage: Stage) -> str:
+    found: str = stage.region.cli("task", "logs", "count", *stage.place).stdout
+    return found
+
+
+def begins(stage: Stage) -> list[int]:
+    """Say how far the script was whenever it began."""
+    return [int(one) for one in re.findall(r"begin at (\d+), epoch \d, as runner", log(stage))]
+
+
+def comes_home(stage: Stage, workdir: Path) -> None:
+    """Wait for the end; see that all has come home, and that nothing is left."""
+    done = stage.cli("task", "logs", "-f", "count", *stage.place)
+    assert done.stdout.splitlines()[-1] == "root"
+    stage.wait(lambda: not stage.costly(), "all that costs much to go")
+    stage.cli("task", "destroy", "count", *stage.place)
+    assert (workdir / "counter").read_text() == f"{LAST}\n"
+    lines = set((workdir / "large").read_text().split()[:-1])
+    assert lines == {str(LAST)}
+    assert stage.there.objects() == {}
 
 
 def test_interrupted_in_the_middle(stage: Stage, workdir: Path) -> None:
-    stage.run(workdir, "--spot", "0")
-    stage.wait(lambda: "now 5\n" in stage.log(), "it to count", 90)
+    run(stage, workdir, "--spot", "0")
+    stage.wait(lambda: "now 5\n" in log(stage), "it to count", 90)
     stage.interrupt()
-    stage.wait(lambda: len(stage.begins()) == 2, "another machine to go on", 120)
-    assert "told at" in stage.log()
-    assert stage.begins()[1] >= 5
-    stage.check(workdir)
+    stage.wait(lambda: len(begins(stage)) == 2, "another machine to go on", 120)
+    assert "told at" in log(stage)
+    assert begins(stage)[1] >= 5
+    comes_home(stage, workdir)
     assert len(stage.region.machines) == 2
 
 
 def test_a_machine_without_power_and_a_task_that_is_stopped(stage: Stage, workdir: Path) -> None:
-    stage.run(workdir)
-    stage.wait(lambda: "now 30\n" in stage.log(), "it to count", 90)
+    run(stage, workdir)
+    stage.wait(lambda: "now 30\n" in log(stage), "it to count", 90)
     stage.cut()
-    stage.wait(lambda: len(stage.begins()) == 2, "another machine to go on", 120)
-    assert stage.begins()[1] > 0
-    done = stage.region.cli("task", "stop", "count", *stage.place)
-    assert done.returncode == 0, done.stderr
+    stage.wait(lambda: len(begins(stage)) == 2, "another machine to go on", 120)
+    assert begins(stage)[1] > 0
+    stage.cli("task", "stop", "count", *stage.place)
     until(lambda: not stage.region.alive(), "the machine to end", 30)
-    last = re.findall(r"told at (\d+)", stage.log())[-1]
-    done = stage.region.cli("task", "start", "count", *stage.place)
-    assert done.returncode == 0, done.stderr
-    stage.wait(lambda: len(stage.begins()) == 3, "a third machine to go on", 90)
-    assert stage.begins()[2] in (int(last), int(last) - 1)
-    stage.check(workdir)
+    last = re.findall(r"told at (\d+)", log(stage))[-1]
+    stage.cli("task", "start", "count", *stage.place)
+    stage.wait(lambda: len(begins(stage)) == 3, "a third machine to go on", 90)
+    assert begins(stage)[2] in (int(last), int(last) - 1)
+    comes_home(stage, workdir)
 
 
 BUCKET = "theirs"  # somebody's own, which ours has no rights in
@@ -185,7 +112,7 @@ def own_bucket(stage: Stage) -> Any:
     client = there._client("s3", stage.name)
     place = {"LocationConstraint": stage.name}
     client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place)
-    role = json.loads(stage.region.cli("permissions", stage.cloud).stdout)
+    role = json.loads(stage.cli("permissions", stage.cloud).stdout)
     stage.region.launcher = there.add_user({**role, "Statement": [*role["Statement"], USE]})
     return client
 
@@ -198,23 +125,22 @@ def test_data_in_a_bucket_of_ones_own(stage: Stage, workdir: Path) -> None:
     (role,) = [name for name in names if name.startswith("cml-runner")]
     policy = json.dumps({"Version": "2012-10-17", "Statement": [USE]})
     iam.put_role_policy(RoleName=role, PolicyName="use", PolicyDocument=policy)
-    stage.run(workdir, "--spot", "0", "--storage-container", f"{BUCKET}/some/where")
-    stage.wait(lambda: "now 5\n" in stage.log(), "it to count", 90)
+    run(stage, workdir, "--spot", "0", "--storage-container", f"{BUCKET}/some/where")
+    stage.wait(lambda: "now 5\n" in log(stage), "it to count", 90)
     stage.interrupt()
-    stage.wait(lambda: len(stage.begins()) == 2, "another machine to go on", 120)
-    assert stage.begins()[1] >= 5
+    stage.wait(lambda: len(begins(stage)) == 2, "another machine to go on", 120)
+    assert begins(stage)[1] >= 5
     keys = [one["Key"] for one in client.list_objects_v2(Bucket=BUCKET)["Contents"]]
     assert all(key.startswith("some/where/") for key in keys)
     assert not [key for key in stage.there.objects() if "/b/" in key]
-    stage.check(workdir)
+    comes_home(stage, workdir)
     assert "Contents" not in client.list_objects_v2(Bucket=BUCKET)
 
 
 @pytest.mark.parametrize("stage", ["aws"], indirect=True)
 def test_a_bucket_that_machines_may_not_use(stage: Stage, workdir: Path) -> None:
     own_bucket(stage)
-    stage.run(workdir, "--storage-container", f"{BUCKET}/some/where")
-    done = stage.region.cli("task", "logs", "-f", "count", *stage.place)
-    assert done.returncode == 3, f"{done.stderr}\n{done.stdout}\n{stage.region.said()}"
+    run(stage, workdir, "--storage-container", f"{BUCKET}/some/where")
+    done = stage.cli("task", "logs", "-f", "count", *stage.place, code=3)
     assert f"no access to s3://{BUCKET}" in done.stderr
     stage.wait(lambda: not stage.costly(), f"all that costs much to go: {stage.costly()}")

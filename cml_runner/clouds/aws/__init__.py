@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.aws import account, catalogue, machine
+from cml_runner.clouds.aws import account, catalogue, checks, machine
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
     Bucket,
@@ -36,15 +35,14 @@ from cml_runner.model import Identifier, Task
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping
 
-    from cml_runner.model import Lease, Notice
+    from cml_runner.model import Check, Lease, Notice
 
 log = logging.getLogger(__name__)
 
 TAG_KEY = re.compile(r"(?!aws:|_index$|\.{1,2}$)[A-Za-z0-9+\-=.,_:@]{1,128}")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
 
 
 class Cloud:
@@ -82,9 +80,16 @@ class Cloud:
         """Make role, instance profile, security group and bucket."""
         return account.Shared(self._session).setup()
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Write an IAM policy for this region, and for whatever account it's given to."""
-        return account.launcher_policy("*", self.region)
+        policy = account.launcher_policy("*", self.region)
+        if doctor:
+            policy["Statement"].append(account.doctor_policy())
+        return policy
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at account, region, and what the machines are to be."""
+        return checks.checks(self._session, task, self._site)
 
     @staticmethod
     def rank() -> None:
@@ -122,12 +127,12 @@ class Cloud:
         assert isinstance(bucket, Bucket)
         assert isinstance(group, Group)
         if not last:
-            _insist(lambda: group.dismiss(instance))
+            wait.insist(lambda: group.dismiss(instance))
             return
         for resource in plan.resources[1:-1]:
-            _insist(resource.delete)
-        _insist(group.discard)
-        _insist(bucket.finish)
+            wait.insist(resource.delete)
+        wait.insist(group.discard)
+        wait.insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(task, self._session, site)
@@ -186,16 +191,3 @@ def _too_long(task: Task) -> list[str]:
     except ConfigurationError as error:
         return list(error.mistakes)
     return []
-
-
-def _insist(action: Callable[[], None], sleep: Callable[[float], None] = time.sleep) -> None:
-    """Do it, whatever it takes: the deadline ends us otherwise."""
-    pauses = iter(PAUSES)
-    while True:
-        try:
-            action()
-        except RunnerError as error:
-            log.warning("can't leave yet: %s", error)
-            sleep(next(pauses, PAUSES[-1]))
-        else:
-            return

@@ -369,5 +369,19 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
     }
 
 
+def doctor_policy() -> dict[str, Any]:
+    """Write what `doctor` reads besides; none of it changes anything."""
+    return {
+        "Sid": "Doctor",
+        "Effect": "Allow",
+        "Action": [
+            *("ec2:DescribeInstanceTypes", "ec2:DescribeRouteTables"),
+            *("iam:GetInstanceProfile", "iam:GetRole", "iam:SimulatePrincipalPolicy"),
+            "servicequotas:ListServiceQuotas",
+        ],
+        "Resource": "*",
+    }
+
+
 def _document(*statements: dict[str, Any]) -> str:
     return json.dumps({"Version": VERSION, "Statement": list(statements)})

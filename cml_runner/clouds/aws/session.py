@@ -10,11 +10,13 @@ from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
     CredentialsError,
     MissingDependency,
     NoCapacity,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -74,6 +76,7 @@ class Account:
 
     id: str
     partition: str  # aws, aws-cn, aws-us-gov
+    who: str = ""  # ARN
 
     def arn(self, service: str, resource: str, region: str = "") -> str:
         """Name something of this account."""
@@ -89,6 +92,7 @@ class Session:
         self._lock = threading.Lock()  # clients are safe among threads, their making isn't
         self._asking = threading.Lock()  # whose account it is
         self._account: Account | None = None
+        self.clock = Clock()
 
     @property
     def account(self) -> Account:
@@ -96,7 +100,7 @@ class Session:
         with self._asking:
             if self._account is None:
                 found = self.call("sts", "get_caller_identity")
-                self._account = Account(found["Account"], found["Arn"].split(":")[1])
+                self._account = Account(found["Account"], found["Arn"].split(":")[1], found["Arn"])
             return self._account
 
     def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
@@ -161,7 +165,12 @@ class Session:
             read_timeout=60,
             user_agent_extra="cml-runner",
         )
-        return session.client(service, config=config)
+        client = session.client(service, config=config)
+        client.meta.events.register("response-received", self._hear)
+        return client
+
+    def _hear(self, response_dict: dict[str, Any] | None = None, **_: Any) -> None:
+        self.clock.hear((response_dict or {}).get("headers", {}).get("date"))
 
 
 @contextmanager
@@ -227,9 +236,9 @@ def _error(code: str, text: str, action: str) -> RunnerError:
     return RunnerError(f"{action}: {text} ({code})")
 
 
-def _none() -> CredentialsError:
+def _none() -> NoCredentials:
     msg = (
         "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
         " or, in a CI job, use the provider's OIDC login"
     )
-    return CredentialsError(msg)
+    return NoCredentials(msg)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import clouds, leases, store
-from cml_runner.clouds.azure import account, catalogue, leaving, machine, virtual
+from cml_runner.clouds.azure import account, catalogue, checks, leaving, machine, virtual
 from cml_runner.clouds.azure.account import Place
 from cml_runner.clouds.azure.group import Group
 from cml_runner.clouds.azure.resources import (
@@ -35,9 +35,9 @@ from cml_runner.errors import ConfigurationError, RunnerError
 from cml_runner.model import Identifier, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from cml_runner.model import Lease, Notice
+    from cml_runner.model import Check, Lease, Notice
 
 TAG_KEY = re.compile(r"(?!(microsoft|azure|windows))[^<>%&\\?/]{1,512}", re.IGNORECASE)
 CONTAINER = re.compile(r"[a-z0-9]([a-z0-9-]{1,61}[a-z0-9])")
@@ -95,9 +95,13 @@ class Cloud:
         place = Place(self._session.subscription, self.region)
         return account.Shared(self._session, place).setup()
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Write a custom role definition."""
-        return account.launcher_role(self.region)
+        return account.launcher_role(self.region, doctor=doctor)
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at subscription, region, and what the machines are to be."""
+        return checks.checks(self._session, self.region, task, self._site)
 
     @staticmethod
     def rank() -> None:

@@ -67,6 +67,11 @@ LAUNCHER = [
     "Microsoft.Network/virtualNetworks/subnets/join/action",
     "Microsoft.Resources/tags/write",
 ]
+DOCTOR = [  # to look at what stands against a launch; none of them changes anything
+    "Microsoft.Authorization/permissions/read",
+    "Microsoft.ManagedIdentity/userAssignedIdentities/read",
+    "Microsoft.Network/virtualNetworks/read",
+]
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ def machine_role(place: Place) -> dict[str, Any]:
     }
 
 
-def launcher_role(region: str) -> dict[str, Any]:
+def launcher_role(region: str, *, doctor: bool = False) -> dict[str, Any]:
     """Write the least that a launcher must be allowed, once the region is set up.
 
     It is what `az role definition create --role-definition` takes.
@@ -297,7 +302,7 @@ def launcher_role(region: str) -> dict[str, Any]:
         "Name": f"cml-runner launcher, {region} of {subscription}",
         "IsCustom": True,
         "Description": "What who launches runners with cml-runner may do",
-        "Actions": LAUNCHER,
+        "Actions": [*LAUNCHER, *(DOCTOR if doctor else ())],
         "NotActions": [],
         "DataActions": OBJECTS,
         "NotDataActions": [],

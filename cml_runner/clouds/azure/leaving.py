@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cml_runner import leases, wait
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSES = (1, 2, 5, 10, 30)  # seconds between two attempts to leave; the last one for ever
-
 
 def leave(region: str, identifier: Identifier, *, last: bool) -> None:
     """Delete this machine and have none in its place or, as the last, delete everything.
@@ -36,7 +34,7 @@ def leave(region: str, identifier: Identifier, *, last: bool) -> None:
     leaving = Leaving(machine.Manager(me), Place(me["subscriptionId"], region), identifier)
     steps = leaving.everything() if last else leaving.alone()
     for step in steps:
-        _insist(step)
+        wait.insist(partial(_take, step))
 
 
 class Leaving:
@@ -94,16 +92,6 @@ class Leaving:
             self._manager.call("DELETE", self._place.id(kind, str(self._identifier)), **query)
 
 
-def _insist(action: Callable[[], None], sleep: Callable[[float], None] = time.sleep) -> None:
-    """Do it, whatever it takes: the deadline ends us otherwise."""
-    pauses = iter(PAUSES)
-    while True:
-        try:
-            action()
-        except NotFound:  # the container is gone, and all that was in it
-            return
-        except RunnerError as error:
-            log.warning("can't leave yet: %s", error)
-            sleep(next(pauses, PAUSES[-1]))
-        else:
-            return
+def _take(step: Callable[[], None]) -> None:
+    with suppress(NotFound):  # the container is gone, and all that was in it
+        step()

@@ -6,21 +6,29 @@ in and what comes out are dictionaries as in https://learn.microsoft.com/rest/ap
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cml_runner.checkup import Clock
 from cml_runner.clouds.azure import arm
-from cml_runner.errors import CredentialsError, MissingDependency, NotReady, RunnerError
+from cml_runner.errors import (
+    CredentialsError,
+    MissingDependency,
+    NoCredentials,
+    NotReady,
+    RunnerError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +49,7 @@ CLIENTS = {  # each is imported when it is first called
     "storage": ("azure.mgmt.storage", "StorageManagementClient"),
     "subscriptions": ("azure.mgmt.resource.subscriptions", "SubscriptionClient"),
 }
+CLAIMS = ("upn", "unique_name", "app_displayname", "appid", "oid")  # of tokens, who it is
 STORAGE = "https://storage.azure.com/.default"
 CONNECT, READ = 5, 60  # seconds for a connection, and for an answer
 REPEATED = frozenset({"GET", "PUT", "PATCH", "POST", "DELETE"})  # all that we send may be
@@ -63,12 +72,23 @@ class Session:
     def __init__(self) -> None:
         self._clients: dict[str, Any] = {}
         self._lock = threading.RLock()  # clients are safe among threads, their making isn't
+        self.clock = Clock()
 
     @property
     def subscription(self) -> str:
         """The one that is named, or az's, or the only one that there is."""
         with self._lock:
             return self._subscription
+
+    @property
+    def who(self) -> str:
+        """Who we are, as the token says: a person's name, or the number of an application."""
+        with translated("log in"), self._lock:
+            token = self._login.get_token(f"{arm.RESOURCE}/.default").token
+        with suppress(ValueError, IndexError):
+            claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+            return str(next(claims[name] for name in CLAIMS if claims.get(name)))
+        return "somebody"
 
     def call(
         self, service: str, group: str, method: str, *arguments: Any, **named: Any
@@ -176,12 +196,16 @@ class Session:
             "transport": transport.RequestsTransport(connection_timeout=CONNECT, read_timeout=READ),
             "policies": [
                 policies.RequestIdPolicy(),
+                policies.CustomHookPolicy(raw_response_hook=self._hear),
                 policies.UserAgentPolicy(base_user_agent="cml-runner"),
                 policies.ContentDecodePolicy(),
                 policies.RetryPolicy(retry_total=6, retry_backoff_factor=0.5),
                 policies.BearerTokenCredentialPolicy(self._login, f"{arm.RESOURCE}/.default"),
             ],
         }
+
+    def _hear(self, answer: Any) -> None:
+        self.clock.hear(answer.http_response.headers.get("Date"))
 
     @cached_property
     def _login(self) -> Login:
@@ -309,7 +333,7 @@ def _credential() -> TokenCredential:
     if _on_azure():
         return identity.ManagedIdentityCredential(client_id=client or None)
     msg = f"no credentials for Azure: {HELP}"
-    raise CredentialsError(msg)
+    raise NoCredentials(msg)
 
 
 def _on_azure() -> bool:

@@ -41,13 +41,21 @@ class Site:
 
     def look(self, place: Place) -> None:
         """See what there is. Raises NoCapacity if it is nothing of what is wanted."""
-        where = f"location eq '{place.region}'"
         try:
-            listed = self._session.pages("compute", "resource_skus", "list", filter=where)
+            there = self.sizes(place)
         except CredentialsError as error:
             log.debug("not looking which sizes %s has: %s", place.region, error)
             return
-        there = {one["name"]: one for one in listed if one["resourceType"] == "virtualMachines"}
+        self.choose(place, there)
+
+    def sizes(self, place: Place) -> dict[str, Mapping[str, Any]]:
+        """List the sizes of a region. Raises CredentialsError if we may not ask."""
+        where = f"location eq '{place.region}'"
+        listed = self._session.pages("compute", "resource_skus", "list", filter=where)
+        return {one["name"]: one for one in listed if one["resourceType"] == "virtualMachines"}
+
+    def choose(self, place: Place, there: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep those of the sizes that can be had, and the zones of all of them."""
         found = tuple(name for name in self.types if self._offered(there.get(name)))
         if not found:
             market = "spot " if self._task.machine.spot else ""

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.gcp import account, catalogue, machine
+from cml_runner.clouds.gcp import account, catalogue, checks, machine
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
     Bucket,
@@ -36,9 +35,9 @@ from cml_runner.model import Identifier, Task
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from cml_runner.model import Lease, Notice
+    from cml_runner.model import Check, Lease, Notice
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +82,13 @@ class Cloud:
         """Make service account, role, firewall rule and bucket."""
         return account.Shared(self._session).setup()
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Write a custom role, as `gcloud iam roles create` takes it."""
-        return account.launcher_role()
+        return account.launcher_role(doctor=doctor)
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at project, region, and what the machines are to be."""
+        return checks.checks(self._session, task, self._understood)
 
     @staticmethod
     def rank() -> None:
@@ -119,9 +122,9 @@ class Cloud:
             log.warning("the metadata service doesn't say which machine this is")
         if not instance or not machine.belongs(str(identifier)):
             return
-        departure = _insist(lambda: machine.Departure(str(identifier), self.region))
+        departure = wait.insist(lambda: machine.Departure(str(identifier), self.region))
         if not last:
-            _insist(departure.dismiss)
+            wait.insist(departure.dismiss)
             return
         own = opened(departure.project, leases.TASKS, self.region, str(identifier))
         claims = opened(departure.project, leases.LEASES, self.region)
@@ -133,7 +136,7 @@ class Cloud:
             departure.delete_machine,
         )
         for step in steps:
-            _insist(step)
+            wait.insist(step)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(task, self._session, site)
@@ -191,14 +194,3 @@ def _write_script(task: Task) -> None:
     """Write a start script for a project whose name we don't know yet."""
     url = f"gs://cml-runner-{'0' * 30}/{leases.TASKS}/{'0' * 24}/{task.id}"
     bootstrap.machine(f"{url}#gcp/{'0' * 24}/{task.id}", task.program, task.expires)
-
-
-def _insist(action: Callable[[], Any], sleep: Callable[[float], None] = time.sleep) -> Any:
-    """Do it, whatever it takes: the deadline ends us otherwise."""
-    for pause in machine.pauses():
-        try:
-            return action()
-        except (RunnerError, OSError) as error:
-            log.warning("can't leave yet: %s", error)
-            sleep(pause)
-    raise AssertionError

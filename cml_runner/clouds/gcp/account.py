@@ -90,6 +90,11 @@ LAUNCHER_PERMISSIONS = (
     "storage.objects.get",
     "storage.objects.list",
 )
+DOCTOR_PERMISSIONS = (  # to look at what stands against a launch; none of them changes anything
+    "compute.networks.get",
+    "compute.projects.get",
+    "compute.regions.get",
+)
 
 
 def bucket(project: str) -> str:
@@ -109,13 +114,14 @@ def ssh(address: str) -> str:
     return f"{FIREWALL}-ssh-{address.replace('.', '-').replace(':', '-')}".rstrip("-")
 
 
-def launcher_role() -> dict[str, Any]:
+def launcher_role(*, doctor: bool = False) -> dict[str, Any]:
     """Write the least that a launcher must be allowed, once the project is set up."""
+    more = DOCTOR_PERMISSIONS if doctor else ()
     return {
         "title": "Launcher of cml-runner",
         "description": "Besides, roles/iam.serviceAccountUser on the service account cml-runner",
         "stage": "GA",
-        "includedPermissions": list(LAUNCHER_PERMISSIONS),
+        "includedPermissions": [*LAUNCHER_PERMISSIONS, *more],
     }
 
 

@@ -12,7 +12,7 @@ import uuid
 from datetime import datetime, timedelta, timezone
 from functools import cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 from urllib.request import ProxyHandler, Request, build_opener
@@ -21,14 +21,12 @@ from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.errors import RunnerError
 from cml_runner.model import Notice
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 SERVICE = "169.254.169.254"
 VARIABLE = "GCE_METADATA_HOST"  # the SDK's own, to put it elsewhere
 TIMEOUT = 2  # seconds
 CHANGE = 5  # seconds that a question waits for news
 SOFT_OFF = 30  # seconds from the notice of a preemption until the power is off
+NOTICE = "cml-runner-notice"  # key of our own: seconds of notice before that, if there are any
 EARLY = 60  # seconds before an end that was moved
 INTERRUPT, DEADLINE = "cml-runner-interrupt", "cml-runner-deadline"  # keys of our own
 API = "https://compute.googleapis.com/compute/v1"
@@ -101,14 +99,15 @@ def belongs(identifier: str) -> bool:
 def notice() -> Notice | None:
     """Ask whether this instance will be taken away.
 
-    There are 30 seconds' notice of a preemption, and of a host's maintenance some without a
-    deadline; `cml-runner interrupt` leaves a mark, and so does who moves the end.
+    There are 120 seconds' notice of a preemption, or 30, and of a host's maintenance some without
+    a deadline; `cml-runner interrupt` leaves a mark, and so does who moves the end.
     """
     found = metadata().news()
     now = datetime.now(timezone.utc)
-    if found.get("preempted") == "TRUE":
-        return Notice(reason="preemption", deadline=now + timedelta(seconds=SOFT_OFF))
     marks = found.get("attributes", {})
+    if found.get("preempted") == "TRUE":
+        left = int(marks.get(NOTICE) or SOFT_OFF)  # after a long one those 30 aren't promised
+        return Notice(reason="preemption", deadline=now + timedelta(seconds=left))
     if text := marks.get(INTERRUPT):
         return Notice(reason="interruption on demand", deadline=datetime.fromisoformat(text))
     if text := marks.get(DEADLINE):
@@ -223,13 +222,6 @@ class Departure:
         except (OSError, ValueError) as error:
             msg = f"this machine has no service account that could end it: {error}"
             raise RunnerError(msg) from error
-
-
-def pauses() -> Iterator[int]:
-    """Yield the seconds between two attempts to leave, for ever."""
-    yield from (1, 2, 5, 10)
-    while True:
-        yield 30
 
 
 def _message(content: bytes) -> str:

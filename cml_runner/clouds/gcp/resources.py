@@ -20,7 +20,8 @@ from cml_runner.clouds.gcp.account import (
     bucket,
     ssh,
 )
-from cml_runner.errors import AlreadyExists, NotFound
+from cml_runner.clouds.gcp.machine import NOTICE
+from cml_runner.errors import AlreadyExists, NotFound, RunnerError
 from cml_runner.leases import LEASES, TASKS
 from cml_runner.store import Store
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY, VALUE = re.compile(r"[a-z][a-z0-9_-]{0,62}"), re.compile(r"[a-z0-9_-]{0,63}")
+LONG_NOTICE = 120  # seconds; Google knows this and none
+REFUSED = "preemptionNoticeDuration"  # what an error names that is about it
 LABELS = 64 - 4  # that a machine may have, less what Google and we add
 
 
@@ -89,12 +92,10 @@ class Template:
         return (self.bucket,)
 
     def create(self) -> bool:
-        """Create it, with the task's own end."""
-        body = {"name": self.name, "properties": self._properties()}
+        """Create it, with the task's own end; and a long notice, where Google gives one."""
+        spot = self.bucket.task.machine.spot
         try:
-            self.bucket.session.change(
-                "InstanceTemplates", "insert", instance_template_resource=body
-            )
+            self._insert(LONG_NOTICE if spot else 0)
         except AlreadyExists:
             return False
         return True
@@ -137,7 +138,19 @@ class Template:
         """Of the first of them."""
         return str(self.bucket.task.id)
 
-    def _properties(self) -> dict[str, Any]:
+    def _insert(self, notice: int) -> None:
+        """Ask for a notice of so many seconds before a preemption; if that is refused, for none."""
+        body = {"name": self.name, "properties": self._properties(notice)}
+        insert = ("InstanceTemplates", "insert")
+        try:
+            self.bucket.session.change(*insert, instance_template_resource=body)
+        except RunnerError as error:
+            if not notice or REFUSED not in str(error):
+                raise
+            log.warning("preemptions will be announced late: %s", error)
+            self._insert(0)
+
+    def _properties(self, notice: int) -> dict[str, Any]:
         assert self.site
         task, project = self.bucket.task, self.bucket.session.project
         account = self.site.identity.account or address(project)
@@ -148,6 +161,7 @@ class Template:
             "user-data": start_script(task, self.bucket),
             LABEL: self.name,
             "block-project-ssh-keys": "TRUE",
+            **({NOTICE: str(notice)} if notice else {}),
             **self._login(),
         }
         network = {
@@ -164,7 +178,7 @@ class Template:
             "tags": {
                 "items": [NETWORK_TAG, *([ssh(self.site.address)] if self.site.address else [])]
             },
-            "scheduling": _scheduling(task, first),
+            "scheduling": _scheduling(task, first, notice),
             **_accelerators(first),
         }
 
@@ -211,14 +225,15 @@ def labels(task: Task) -> dict[str, str]:
     return {**dict(list(fitting.items())[:LABELS]), LABEL: str(task.id)}
 
 
-def _scheduling(task: Task, first: Type) -> dict[str, Any]:
-    """Say on which market, and until when."""
+def _scheduling(task: Task, first: Type, notice: int) -> dict[str, Any]:
+    """Say on which market, and until when; a notice is for spot machines only."""
     if task.machine.spot:
         return {
             "provisioning_model": "SPOT",
             "instance_termination_action": "DELETE",
             "automatic_restart": False,
             "on_host_maintenance": "TERMINATE",
+            **({"preemption_notice_duration": {"seconds": notice}} if notice else {}),
             **_end(task.expires),
         }
     moved = {"on_host_maintenance": "TERMINATE"} if first.has_gpu else {}

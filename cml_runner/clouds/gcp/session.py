@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import web
+from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
     CredentialsError,
     MissingDependency,
     NoCapacity,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -79,11 +81,18 @@ class Session:
         self.region = region
         self._clients: dict[str, Any] = {}
         self._lock = threading.RLock()
+        self.clock = Clock()
 
     @property
     def project(self) -> str:
         """The project in which we are."""
         return str(self._login[1])
+
+    @property
+    def who(self) -> str:
+        """The address of the service account that we are; people's isn't told."""
+        found = str(getattr(self._login[0], "service_account_email", None) or "")
+        return found if "@" in found else "a user's login"
 
     def open(self) -> None:
         """Log in and load the SDK, which takes a second: what is asked next goes out at once."""
@@ -136,6 +145,7 @@ class Session:
             from google.api_core import exceptions
 
             answer = self._http.request(method, url, json=body, params=query, timeout=CALL)
+            self.clock.hear(answer.headers.get("Date"))
             if answer.status_code >= 400:
                 raise exceptions.from_http_response(answer)
             found: dict[str, Any] = answer.json() if answer.content else {}
@@ -270,7 +280,7 @@ def _credentials() -> tuple[Any, str]:
             " contents, or run gcloud auth application-default login; in a CI job, use the"
             " provider's OIDC login with workload identity federation"
         )
-        raise CredentialsError(msg)
+        raise NoCredentials(msg)
     if hasattr(found, "with_always_use_jwt_access"):  # a key signs its tokens by itself
         found = found.with_always_use_jwt_access(True)
     return found, project or ""

@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap, clouds
-from cml_runner.clouds.kubernetes import catalogue, container, machine, pod, secret
+from cml_runner.clouds.kubernetes import catalogue, checks, container, machine, pod, secret
 from cml_runner.clouds.kubernetes.job import Group, Job, lease, tidy
 from cml_runner.clouds.kubernetes.session import Session
 from cml_runner.errors import ConfigurationError, CredentialsError
@@ -29,9 +29,9 @@ from cml_runner.model import Task
 from cml_runner.store import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from cml_runner.model import Identifier, Lease, Notice, Program
+    from cml_runner.model import Check, Identifier, Lease, Notice, Program
     from cml_runner.store import Store
 
 BRIEF = 5  # seconds to wait for a cluster which may be of the past
@@ -48,6 +48,7 @@ RULES = (  # group, resource, verbs
     ("", "pods/eviction", ("create",)),
     ("", "events", ("list",)),
 )
+DOCTOR_RULES = (("", "resourcequotas", ("list",)), ("", "serviceaccounts", ("get",)))
 
 
 class Cloud:
@@ -115,17 +116,24 @@ class Cloud:
             raise CredentialsError(f"{msg} See: cml-runner permissions kubernetes")
         return []
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Write a Role for whoever launches."""
+        rules = (*RULES, *(DOCTOR_RULES if doctor else ()))
         return {
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "Role",
             "metadata": {"name": "cml-runner"},
             "rules": [
                 {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
-                for group, resource, verbs in RULES
+                for group, resource, verbs in rules
             ],
         }
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at cluster, namespace, and what the pods are to be."""
+        name = task.machine.options.get("kubernetes-namespace", "")
+        session = Session(name) if name else self._session
+        return checks.checks(session, task, RULES, lambda: pod.understood(task, self._nodes))
 
     @staticmethod
     def rank() -> int:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
     ConfigurationError,
     CredentialsError,
     MissingDependency,
     NoCapacity,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -43,6 +45,7 @@ NAMESPACE = "CML_RUNNER_CLOUD_KUBERNETES_NAMESPACE"
 OURS = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # of a pod in the cluster
 PATIENCE = 60  # seconds for an API server that doesn't answer …
 PAUSES = (0.2, 0.5, 1, 2, 4)  # … between two attempts; the last one for ever
+BRIEF = 15  # seconds for one of which nothing is wanted but news
 STREAMS = "v5.channel.k8s.io"  # the first version in which an input can end
 STALL = 300  # seconds in which nothing moves
 CONNECT, READ = 5, 30  # seconds for a connection, and for an answer
@@ -61,6 +64,12 @@ class Session:
     def __init__(self, namespace: str = "") -> None:
         self._namespace = namespace or os.environ.get(NAMESPACE, "")
         self._lock = threading.Lock()
+        self.clock = Clock()
+
+    @property
+    def host(self) -> str:
+        """The address of the API server."""
+        return str(self._login[0].configuration.host)
 
     @property
     def namespace(self) -> str:
@@ -110,6 +119,20 @@ class Session:
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
         found = json.loads(self._send_again("POST", path, body, "ask for permissions"))
         return bool(found["status"]["allowed"])
+
+    def who(self) -> str:
+        """Ask the cluster who it thinks that we are; everybody may."""
+        kind = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+        path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+        found = json.loads(self._send_again("POST", path, kind, "ask who we are", BRIEF))
+        return str(found["status"]["userInfo"].get("username", ""))
+
+    def read(self, path: str) -> dict[str, Any]:
+        """Read something that isn't in the namespace. Raises the same as `call`."""
+        found: dict[str, Any] = json.loads(
+            self._send_again("GET", path, None, f"get {path}", BRIEF)
+        )
+        return found
 
     def run(self, pod: str, container: str, command: Sequence[str]) -> WebSocket:
         """Start a command in a pod; its streams are channels of one connection.
@@ -198,6 +221,7 @@ class Session:
             )
         except HTTPError as error:
             raise OSError(str(error)) from error
+        self.clock.hear(answer.headers.get("Date"))
         return answer.status, answer.data
 
     def _token(self) -> dict[str, str]:
@@ -237,8 +261,13 @@ class Session:
                 own = connect.list_kube_config_contexts(file)[1]["context"].get("namespace", "")
         except (ConfigException, OSError, KeyError, TypeError, ValueError) as error:
             msg = f"no access to a Kubernetes cluster: {error}. To get it, {HELP}"
-            raise CredentialsError(msg) from error
+            raise (CredentialsError if self._named() else NoCredentials)(msg) from error
         return api, (self._namespace or own or "default").strip()
+
+    def _named(self) -> bool:
+        """Say if there is anything that should name a cluster."""
+        variables = any(map(os.environ.get, ("KUBECONFIG", *CONTENTS)))
+        return variables or Path("~/.kube/config").expanduser().exists() or self._in_cluster()
 
     def _in_cluster(self) -> bool:
         given = os.environ.get("KUBECONFIG") or Path("~/.kube/config").expanduser().exists()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import clouds
-from cml_runner.clouds.local import files, processes, records
+from cml_runner.clouds.local import checks, files, processes, records
 from cml_runner.clouds.local.keeper import wake
 from cml_runner.clouds.local.processes import VARIABLE
 from cml_runner.clouds.local.resources import Bucket, Group
@@ -39,9 +39,9 @@ from cml_runner.model import Identifier, Lease, Notice
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from cml_runner.model import Task
+    from cml_runner.model import Check, Task
 
 LAUNCH = timedelta(hours=1)  # the longest that one can take
 
@@ -102,9 +102,14 @@ class Cloud:
         """Make nothing: the tasks share nothing."""
         return []
 
-    def permissions(self) -> Mapping[str, Any]:
+    def permissions(self, *, doctor: bool = False) -> Mapping[str, Any]:
         """Ask for nothing: whoever may use this computer may use the cloud."""
+        del doctor
         return {}
+
+    def checks(self, task: Task) -> Iterator[Check]:
+        """Look at this computer."""
+        return checks.checks(self.region, lambda: self.plan(task))
 
     @staticmethod
     def rank() -> int:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
-from cml_runner import forges
+from cml_runner import checkup, forges
 from cml_runner.errors import (
     ConfigurationError,
     CredentialsError,
@@ -18,12 +18,12 @@ from cml_runner.errors import (
 )
 from cml_runner.forges.bitbucket import address, answers
 from cml_runner.forges.bitbucket.agent import Agent, package, runtime
-from cml_runner.forges.bitbucket.api import NEEDS, WRITE, Api
-from cml_runner.model import Job, Registration, Runner, stands_for
+from cml_runner.forges.bitbucket.api import NEEDS, RUN, VARIABLES, WRITE, Api
+from cml_runner.model import Check, Job, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from cml_runner.model import Credential, Package
@@ -73,18 +73,50 @@ class Forge:
 
         Raises ConfigurationError if Bitbucket takes no such labels.
         """
-        mistakes = [one for one in labels if not LABEL.fullmatch(one)]
-        if mistakes:
-            wrong = ",".join(mistakes)
-            msg = f"--labels {wrong}: Bitbucket takes up to 50 of a to z, 0 to 9 and dots"
-            raise ConfigurationError(msg)
-        if len(_labels(labels, "x64")) > MOST_LABELS:
-            msg = f"--labels: Bitbucket takes {MOST_LABELS}, of which two are its own"
-            raise ConfigurationError(msg)
+        _must_fit(labels)
+        self._must_list()
+
+    def checks(self, labels: Sequence[str] = ()) -> Iterator[Check]:
+        """Look at login, scopes, labels and agent; when a credential expires isn't told."""
+        needs = f"set {VARIABLES} to {NEEDS}"
+        found, well = checkup.login(self._login, self._api.clock, needs)
+        yield from found
+        looks: tuple[tuple[str, Callable[[], str | Check], str], ...] = (
+            ("permission to register runners", self._must_list, needs),
+            ("permission to run jobs again", self._rerun, needs),
+            ("labels", lambda: _must_fit(labels), "use other --labels"),
+        )
+        probes = [checkup.Probe(what=what, look=look, hint=hint) for what, look, hint in looks]
+        yield from checkup.made(probes if well else ())
+
+    def _login(self) -> str:
+        """Who is told their scopes has logged in, whatever they may not see."""
+        try:
+            self._api.ask("GET", self._address.scope, object)
+        except CredentialsError:
+            if not self._api.scopes:
+                raise
+        return self._api.who
+
+    def _must_list(self) -> str:
         self.runners()
-        if self._api.scopes and not self._api.scopes & {*WRITE}:
+        scopes = self._api.scopes
+        if scopes and not scopes & {*WRITE}:
             msg = f"this credential may only list the runners of {self.url}: it takes {NEEDS}"
             raise CredentialsError(msg)
+        return ", ".join(sorted(scopes)) or "its scopes aren't told"
+
+    def _rerun(self) -> str | Check:
+        if not self._address.repository:
+            return "each repository has its own"
+        self._api.ask("GET", f"{self._address.scope}/pipelines/?pagelen=1", answers.Pipelines)
+        scopes = self._api.scopes
+        if scopes and not scopes & {*RUN}:
+            message = "this credential may only read pipelines: interrupted jobs can't run again"
+            hint = f"give it {RUN[0]}, or launch with --no-retry"
+            what = "permission to run jobs again"
+            return Check(what=what, state="warning", message=message, hint=hint)
+        return ", ".join(sorted(scopes & {*RUN})) or "its scopes aren't told"
 
     def runners(self) -> list[Runner]:
         """List every runner that is registered."""
@@ -280,6 +312,18 @@ class Forge:
 
     def _is_lost(self, name: str) -> bool:
         return bool(name) and not any(one.name == name and one.online for one in self.runners())
+
+
+def _must_fit(labels: Sequence[str]) -> str:
+    mistakes = [one for one in labels if not LABEL.fullmatch(one)]
+    if mistakes:
+        wrong = ",".join(mistakes)
+        msg = f"--labels {wrong}: Bitbucket takes up to 50 of a to z, 0 to 9 and dots"
+        raise ConfigurationError(msg)
+    if len(_labels(labels, "x64")) > MOST_LABELS:
+        msg = f"--labels: Bitbucket takes {MOST_LABELS}, of which two are its own"
+        raise ConfigurationError(msg)
+    return ", ".join(labels) or "none"
 
 
 def _labels(labels: Sequence[str], arch: str) -> tuple[str, ...]:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from cml_runner.errors import ConfigurationError, CredentialsError, NotFound, RunnerError
+from cml_runner.checkup import Clock
+from cml_runner.errors import (
+    ConfigurationError,
+    CredentialsError,
+    NoCredentials,
+    NotFound,
+    RunnerError,
+)
 from cml_runner.forges.bitbucket import answers
 from cml_runner.web import Passing, trouble
 
@@ -35,6 +42,7 @@ NEEDS = (
     " the repository or workspace; with the right to administer what has the runners"
 )
 APP_PASSWORD = "ATBB"  # noqa: S105 - how they all begin
+RUN = ("write:pipeline:bitbucket", "pipeline:write")  # likewise
 WRITE = ("write:runner:bitbucket", "runner:write")  # in tokens, and in older kinds of credentials
 
 
@@ -44,7 +52,14 @@ class Api:
     def __init__(self, where: Address, credential: Credential) -> None:
         self._where, self._credential = where, credential
         self._token, self._until = "", 0.0  # of an OAuth consumer
+        self.clock = Clock()
         self.scopes: frozenset[str] = frozenset()  # of the credential, when they were last told
+
+    @property
+    def who(self) -> str:
+        """Whose credential it is, as far as it tells."""
+        name = self._credential.token.rpartition(":")[0]
+        return name if "@" in name else f"the OAuth consumer {name}" if name else "an access token"
 
     def ask(self, method: str, path: str, kind: type[T], body: object = None) -> T:
         """Send one request, and return its answer as that kind of object."""
@@ -73,6 +88,7 @@ class Api:
         with self._translated():
             auth = self._auth()
             answer = self._session.request(method, url, json=body, auth=auth, timeout=TIMEOUT)
+        self.clock.hear(answer.headers.get("Date"))
         self.scopes = frozenset(answer.headers.get("X-OAuth-Scopes", "").replace(",", " ").split())
         if not answer.ok:
             raise self._refusal(answer)
@@ -87,7 +103,7 @@ class Api:
             raise ConfigurationError(msg)
         if not token:
             msg = f"no credential for {self._where.url}: set {VARIABLES}; it takes {NEEDS}"
-            raise CredentialsError(msg)
+            raise NoCredentials(msg)
         name, _, secret = token.rpartition(":")
         if secret.startswith(APP_PASSWORD):
             msg = f"Bitbucket's app passwords are gone: set {VARIABLES} to {NEEDS}"

@@ -18,7 +18,7 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
-from cml_runner.forges.github import address, answers
+from cml_runner.forges.github import address, answers, checks
 from cml_runner.forges.github.agent import SYSTEM_LABELS, Agent
 from cml_runner.forges.github.api import Api
 from cml_runner.model import Job, Package, Registration, Runner, stands_for
@@ -27,7 +27,7 @@ from cml_runner.web import Passing
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from cml_runner.model import Credential
+    from cml_runner.model import Check, Credential
 
 __all__ = ["Agent", "Forge"]
 
@@ -79,6 +79,12 @@ class Forge:
         """
         del labels
         self._api.ask("POST", self._path("registration-token"), answers.Token)
+
+    def checks(self, labels: Sequence[str] = ()) -> Iterator[Check]:
+        """Look at login, permissions, group and agent; any labels will do."""
+        del labels
+        group = self._find_group if self._group else None
+        return checks.checks(self._api, self._address, self._path(), group, self.packages)
 
     def runners(self) -> list[Runner]:
         """List every runner that is registered."""

@@ -11,6 +11,13 @@ from datetime import datetime, timezone
 
 
 @dataclass(frozen=True)
+class User:
+    """Whose token it is."""
+
+    login: str
+
+
+@dataclass(frozen=True)
 class Label:
     """One label of a runner."""
 

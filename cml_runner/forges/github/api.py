@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
     ConfigurationError,
     CredentialsError,
     JobRunning,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
@@ -80,6 +82,8 @@ class Api:
     def __init__(self, address: Address, credential: Credential | None = None) -> None:
         self._address = address
         self._credential = credential
+        self.clock = Clock()
+        self.told: Mapping[str, str] = {}  # headers of the last answer, in small letters
 
     def ask(self, method: str, path: str, kind: type[T], body: object = None, needs: str = "") -> T:
         """Send one request, and return its answer as that kind of object.
@@ -112,10 +116,20 @@ class Api:
             headers, data = self._client.requester.requestJsonAndCheck(
                 method, path, parameters, headers={**HEADERS}, input=body
             )
+            self._hear(headers)
             if isinstance(data, dict) and data.get("message") == "Moved Permanently":
                 msg = f"{self._address.url} has a new name: use that"
                 raise NotFound(msg)
             return msgspec.convert(data, kind), 'rel="next"' in headers.get("link", "")
+
+    @property
+    def app(self) -> str:
+        """The number of the GitHub App that we are, if any."""
+        return self._credential.app_id if self._credential else ""
+
+    def _hear(self, headers: Mapping[str, str]) -> None:
+        self.told = {name.lower(): value for name, value in headers.items()}
+        self.clock.hear(self.told.get("date"))
 
     @cached_property
     def _client(self) -> Github:
@@ -135,7 +149,7 @@ class Api:
         if not self._credential.token:
             takes = NEEDS[self._address.kind]
             msg = f"no credential for {self._address.url}: set {VARIABLES}; it takes {takes}"
-            raise CredentialsError(msg)
+            raise NoCredentials(msg)
         return Token(self._credential.token)
 
     def _app(self, credential: Credential) -> Auth:
@@ -171,6 +185,7 @@ class Api:
         try:
             yield
         except GithubException as error:
+            self._hear(error.headers or {})
             raise self._refusal(error, needs) from error
         except (msgspec.ValidationError, json.JSONDecodeError) as error:
             msg = f"{host} doesn't answer as GitHub would ({error}): is the address right?"

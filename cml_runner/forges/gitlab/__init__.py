@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, time, timedelta, timezone
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote, urlsplit
 
-from cml_runner import forges
+from cml_runner import checkup, forges
 from cml_runner.errors import (
     AgentFailed,
     ConfigurationError,
@@ -20,15 +20,14 @@ from cml_runner.errors import (
 )
 from cml_runner.forges.gitlab import address, answers
 from cml_runner.forges.gitlab.agent import RELEASES, Agent
-from cml_runner.forges.gitlab.api import ENOUGH, MAINTAINER, NEEDS, Api, Place
+from cml_runner.forges.gitlab.api import ENOUGH, MAINTAINER, NEEDS, VARIABLES, Api, Place
 from cml_runner.model import Job, Package, Registration, Runner, stands_for
 from cml_runner.web import Passing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from datetime import datetime
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from cml_runner.model import Credential
+    from cml_runner.model import Check, Credential
 
 __all__ = ["Agent", "Forge"]
 
@@ -94,17 +93,51 @@ class Forge:
         It looks at what the token may do and at the role of its owner, where GitLab tells them.
         Raises ConfigurationError for a label of over 255 characters.
         """
-        for label in labels:
-            if not 0 < len(label) <= 255:
-                msg = f"--labels: a tag of GitLab has 1 to 255 characters, unlike {label[:20]!r}…"
-                raise ConfigurationError(msg)
-        scopes = self._scopes()
-        if scopes is not None and "api" not in scopes and not scopes >= ENOUGH:
-            self._refuse(f"its scopes are {', '.join(sorted(scopes)) or 'none'}")
-        place = self._api.place
-        if place.role is not None and place.role < MAINTAINER:
-            self._refuse("its owner has a lesser role")
-        next(self._listed(place))
+        _must_fit(labels)
+        self._must_suffice(self._token())
+        self._must_be_maintained()
+        next(self._listed(self._api.place))
+
+    def checks(self, labels: Sequence[str] = ()) -> Iterator[Check]:
+        """Look at login, scopes, role, labels and agent."""
+        hint = f"set {VARIABLES} to an access token with the scope api"
+        found, well = checkup.login(self._login, self._api.clock, hint)
+        yield from found
+        if not well:
+            return
+        token = self._token()
+        if token and token.expires_at:
+            at = datetime.combine(token.expires_at, time(), timezone.utc)  # the beginning of a day
+            yield checkup.expiry(at, datetime.now(timezone.utc))
+        yield from checkup.made(self._probes(labels, token))
+
+    def _login(self) -> str:
+        """See if the token is good for anything: one that isn't may not even ask for a version."""
+        token = self._token()
+        version = self._api.ask("GET", "/version", answers.Version).version
+        name = f"the token {token.name}" if token else "a login"
+        return f"{name} at {self._api.base}, version {version}"
+
+    def _probes(
+        self, labels: Sequence[str], token: answers.Token | None
+    ) -> Iterator[checkup.Probe]:
+        """Name what is looked at."""
+        place = f"is {self.url} right, and may this login see it?"
+        needs = f"set {VARIABLES} to {NEEDS['project']}; of a group, its Owner"
+        looks: tuple[tuple[str, Callable[[], str], str], ...] = (
+            ("scopes", lambda: self._must_suffice(token), needs),
+            ("place", lambda: f"a {self._api.place.kind}", place),
+            ("role", self._must_be_maintained, needs),
+            ("runners", lambda: f"{len(next(self._listed(self._api.place)).nodes)} here", needs),
+            ("labels", lambda: _must_fit(labels), "use other --labels"),
+            (
+                "agent",
+                lambda: f"version {self.packages()[0].version}",
+                "see GITLAB_RUNNER_DOWNLOADS",
+            ),
+        )
+        for what, look, hint in looks:
+            yield checkup.Probe(what=what, look=look, hint=hint)
 
     def runners(self) -> list[Runner]:
         """List every runner that is registered here; those of its groups aren't ours."""
@@ -229,11 +262,25 @@ class Forge:
 
     # Inside
 
-    def _scopes(self) -> set[str] | None:
-        """Ask what the credential may do; None if it is of a kind which doesn't say."""
+    def _token(self) -> answers.Token | None:
+        """Ask what the credential is; None if it is of a kind which doesn't say."""
         with suppress(NotFound, CredentialsError):
-            return set(self._api.ask("GET", "/personal_access_tokens/self", answers.Token).scopes)
+            return self._api.ask("GET", "/personal_access_tokens/self", answers.Token)
         return None
+
+    def _must_suffice(self, token: answers.Token | None) -> str:
+        if token is None:
+            return "not told of this kind of login"
+        listed = ", ".join(sorted(token.scopes)) or "none"
+        if "api" not in token.scopes and not {*token.scopes} >= ENOUGH:
+            self._refuse(f"its scopes are {listed}")
+        return listed
+
+    def _must_be_maintained(self) -> str:
+        role = self._api.place.role
+        if role is not None and role < MAINTAINER:
+            self._refuse("its owner has a lesser role")
+        return "not told here" if role is None else "Maintainer, or more"
 
     def _refuse(self, reason: str) -> None:
         needs = NEEDS[self._api.place.kind]
@@ -309,6 +356,14 @@ class Forge:
         except NotFound:
             return True
         return not last or self._api.now - last > LOST
+
+
+def _must_fit(labels: Sequence[str]) -> str:
+    for label in labels:
+        if not 0 < len(label) <= 255:
+            msg = f"--labels: a tag of GitLab has 1 to 255 characters, unlike {label[:20]!r}…"
+            raise ConfigurationError(msg)
+    return ", ".join(labels) or "none"
 
 
 def _project(path: str) -> str:

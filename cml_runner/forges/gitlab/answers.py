@@ -6,7 +6,7 @@ https://docs.gitlab.com/api/rest/ and https://docs.gitlab.com/api/graphql/refere
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime  # noqa: TC003 - msgspec reads the annotations at run time
+from datetime import date, datetime  # noqa: TC003 - msgspec reads the annotations at run time
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Token:
     """What a personal, project or group access token may do."""
 
     scopes: list[str]
+    name: str = ""
+    expires_at: date | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from urllib.parse import quote
 
 import msgspec
 
-from cml_runner.errors import ConfigurationError, CredentialsError, NotFound, RunnerError
+from cml_runner.checkup import Clock
+from cml_runner.errors import (
+    ConfigurationError,
+    CredentialsError,
+    NoCredentials,
+    NotFound,
+    RunnerError,
+)
 from cml_runner.forges.gitlab import address, answers
 from cml_runner.web import Passing, trouble
 
@@ -70,6 +77,7 @@ class Api:
 
     def __init__(self, where: Address, credential: Credential) -> None:
         self._where, self._credential = where, credential
+        self.clock = Clock()
         self.now = datetime.now(timezone.utc)  # by the server's clock, when it last answered
 
     @cached_property
@@ -144,6 +152,7 @@ class Api:
             )
         if stamp := answer.headers.get("Date"):
             self.now = parsedate_to_datetime(stamp)
+            self.clock.hear(stamp)
         return answer
 
     def _read(self, answer: requests.Response, kind: type[T]) -> T:
@@ -179,7 +188,7 @@ class Api:
         if not token:
             needs = "; ".join(NEEDS.values())
             msg = f"no credential for {self._where.url}: set {VARIABLES}; it takes {needs}"
-            raise CredentialsError(msg)
+            raise NoCredentials(msg)
         for prefix, what in OTHERS.items():
             if token.startswith(prefix):
                 msg = f"{what} can't manage runners: set {VARIABLES} to {NEEDS['project']}"

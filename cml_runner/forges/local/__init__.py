@@ -38,7 +38,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from cml_runner import __version__
+from cml_runner import __version__, checkup
 from cml_runner.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -48,6 +48,7 @@ from cml_runner.errors import (
     RunnerError,
 )
 from cml_runner.model import (
+    Check,
     Command,
     Event,
     Exited,
@@ -140,6 +141,17 @@ class Forge:
         if not os.access(self.root, os.W_OK | os.X_OK):
             msg = f"this user may not write to {self.root}: change its permissions"
             raise CredentialsError(msg)
+
+    def checks(self, labels: Sequence[str] = ()) -> Iterator[Check]:
+        """Look at the directory; there is nothing else."""
+
+        def look() -> str:
+            self.check(labels)
+            return f"{self.root} is there, and can be written"
+
+        yield Check(what="login", state="ok", message="whoever may write to the directory")
+        hint = f"mkdir -p {self.root}, or change its permissions"
+        yield from checkup.made([checkup.Probe(what="directory", look=look, hint=hint)])
 
     def runners(self) -> list[Runner]:
         """List every runner that is registered."""

@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.lab.aws.autoscaling import AutoScaling
 from tests.lab.aws.front import Fault, Front, Principal
 from tests.lab.aws.imds import Metadata
 from tests.lab.aws.instances import ACCOUNT, Instances, Nobody
+from tests.lab.aws.oracle import Oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +57,7 @@ class AWS:
         self.instances = Instances(self._client, machines or Nobody())
         self.groups = AutoScaling(self.instances)
         self.app = Front(self, self._moto)
+        self.oracle = Oracle(self)
         self.owners: dict[str, str] = {}  # of buckets that are somebody else's
         self.bucket_policies: dict[str, Any] = {}
         self.missing: set[tuple[str, str]] = set()  # types that a zone hasn't got
@@ -62,12 +65,16 @@ class AWS:
         self._servers: list[Any] = []
 
     def __enter__(self) -> AWS:
+        from moto.iam import models
         from moto.moto_api._internal.models import moto_api_backend
+
+        models.SERVICE_NAME_CONVERSION["spot"] = "EC2Spot"
 
         moto_api_backend.reset()
         self.raw = self.serve(self._moto)
         self.url = self.serve(self.app)
         self.admin = self.add_user()
+        self._lead_out()
         self.groups.start()
         return self
 
@@ -77,6 +84,16 @@ class AWS:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def _lead_out(self) -> None:
+        """Give default networks their gateway to the internet, as AWS does and moto doesn't."""
+        for region in (REGION, "us-east-1"):
+            ec2 = self._client("ec2", region)
+            (table,) = ec2.describe_route_tables()["RouteTables"]
+            gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
+            ec2.attach_internet_gateway(InternetGatewayId=gateway, VpcId=table["VpcId"])
+            everywhere = {"DestinationCidrBlock": "0.0.0.0/0", "GatewayId": gateway}
+            ec2.create_route(RouteTableId=table["RouteTableId"], **everywhere)
 
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables with which the SDKs speak to this."""
@@ -220,8 +237,14 @@ class AWS:
         """Serve one more application on this computer, until the end; return its address."""
         from werkzeug.serving import WSGIRequestHandler, make_server
 
+        front = self.app
+
         class Handler(WSGIRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                """Tell the time by a clock which may be wrong."""
+                return super().date_time_string((timestamp or time.time()) + front.ahead)
 
             def log(self, *_: object) -> None:
                 """Keep quiet."""

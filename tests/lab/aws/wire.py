@@ -139,6 +139,12 @@ def answer(service: str, action: str, result: dict[str, Any]) -> bytes:
     return text.encode()
 
 
+def described(service: str, action: str, result: dict[str, Any]) -> bytes:
+    """Write an answer of the JSON protocol. It must be as described."""
+    _check(result, _model(service).operation_model(action).output_shape, "our answer")
+    return json.dumps(result).encode()
+
+
 def refusal(call: Call, error: ApiError) -> bytes:
     """Write an error as this service does."""
     code, message = escape(error.code), escape(error.message)

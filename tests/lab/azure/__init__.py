@@ -13,10 +13,11 @@ blobs, rights and faults. What is sent is compared with the vendor's models.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
+from tests.lab.azure.azurite import Azurite, Vendors
 from tests.lab.azure.blobs import Blobs
 from tests.lab.azure.front import Fault, Front, Principal, Role
 from tests.lab.azure.imds import Metadata
@@ -36,15 +37,21 @@ MANAGER = "https://management.azure.com"
 class Azure:
     """One subscription."""
 
-    def __init__(self, machines: Machines | None = None, *, real: bool = False) -> None:
+    def __init__(
+        self,
+        machines: Machines | None = None,
+        *,
+        real: bool = False,
+        azurite: Azurite | None = None,
+    ) -> None:
         """With `real`, everything has the name that it has in the world."""
         self.real = real
         self.app = Front(self)
-        self.blobs = Blobs(self)
+        self.blobs = Vendors(self, azurite) if azurite else Blobs(self)
         self.manager = Manager(self, machines or Nobody())
         self.fleet = self.manager.fleet
         self.logins = Logins(self.app.principals)
-        self._identities: dict[str, str] = {}  # tokens
+        self._identities: dict[str, Principal] = {}
         self._servers: list[Any] = []
 
     def __enter__(self) -> Azure:
@@ -55,9 +62,12 @@ class Azure:
 
     def __exit__(self, *_: object) -> None:
         self.fleet.stop()
+        self.blobs.clear()
         for server in self._servers:
             server.shutdown()
             server.server_close()
+        if self.app.bugs:
+            raise AssertionError("\n".join(sorted(set(self.app.bugs))))
 
     @property
     def manager_url(self) -> str:
@@ -88,7 +98,7 @@ class Azure:
 
     def add_user(self, role: dict[str, Any] | None = None) -> dict[str, str]:
         """Make somebody who may do what a role definition for az says; everything by default."""
-        name = f"user-{len(self.app.principals)}"
+        name = f"user-{len(self.logins.secrets)}"
         return self.logins.add(name, (lambda: [_role(role)]) if role else None)
 
     def fail(self, action: str, code: str, message: str = "", **more: Any) -> Fault:
@@ -116,15 +126,20 @@ class Azure:
         from cml_runner.clouds.azure.account import NAME, Place
 
         account = Place(SUBSCRIPTION, region).storage
-        found = self.blobs.containers.get((account, NAME), {})
-        return {key: one.content for key, one in list(found.items())}
+        return self.blobs.content(account, NAME)
 
     def serve(self, app: Callable[..., Any]) -> str:
         """Serve one more application on this computer, until the end; return its address."""
         from werkzeug.serving import WSGIRequestHandler, make_server
 
+        front = self.app
+
         class Handler(WSGIRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                """Tell the time by a clock which may be wrong."""
+                return super().date_time_string((timestamp or time.time()) + front.ahead)
 
             def log(self, *_: object) -> None:
                 """Keep quiet."""
@@ -135,12 +150,11 @@ class Azure:
         self._servers.append(server)
         return f"http://127.0.0.1:{server.port}"
 
-    def _login(self, identity: str) -> str:
+    def _login(self, identity: str, resource: str) -> str:
         """Return a token of a managed identity, which may do what it was given."""
-        if identity.lower() not in self._identities:
-            self._identities[identity.lower()] = token = secrets.token_urlsafe(30)
-            self.app.principals[token] = Principal(identity, lambda: self._roles(identity))
-        return self._identities[identity.lower()]
+        new = Principal(identity, lambda: self._roles(identity))
+        who = self._identities.setdefault(identity.lower(), new)
+        return self.logins.token(who, resource)
 
     def _roles(self, identity: str) -> list[Role]:
         principal = self.manager.resources[identity.lower()]["properties"]["principalId"]

@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from tests.lab.azure import wire
+from tests.lab.azure import models, wire
+from tests.lab.azure.tokens import MANAGER, STORAGE, audience
 from tests.lab.azure.wire import ApiError, Call
 
 if TYPE_CHECKING:
@@ -88,10 +89,12 @@ class Front:
 
     azure: Azure
     latency: float = 0  # seconds that every call takes longer
+    ahead: float = 0  # seconds that the clock is
     watch: Callable[[Call], None] = lambda _: None  # is told of every call before it is served
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     principals: dict[str, Principal] = field(default_factory=dict)  # by token
+    bugs: list[str] = field(default_factory=list)  # of this fake
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -158,18 +161,31 @@ class Front:
         if who.expired:
             code = "InvalidAuthenticationInfo" if blob else "ExpiredAuthenticationToken"
             raise ApiError(code, "The access token expired.", 401)
+        if audience(call.token) != (STORAGE if blob else MANAGER):
+            code = "InvalidAuthenticationInfo" if blob else "InvalidAuthenticationTokenAudience"
+            raise ApiError(code, "The access token is for another audience.", 401)
 
     def _manage(self, call: Call) -> tuple[int, list[tuple[str, str]], bytes]:
         if not call.path.startswith(("/operations/", "/serial/")):
-            self.may(call, call.action, _scope(call))
+            if call.path != "/subscriptions":  # where everybody is told what they see
+                self.may(call, call.action, _scope(call))
             if "api-version" not in call.query:
                 raise ApiError("MissingApiVersionParameter", "api-version is required")
             if not VERSION.fullmatch(call.query["api-version"]):
                 raise ApiError("InvalidApiVersionParameter", "api-version is no version")
         with self.lock:
             status, headers, body = self.azure.manager.call(call)
+            self._right(call, body)
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         return status, headers, b"" if body is None else content
+
+    def _right(self, call: Call, body: Any) -> None:
+        """Note what no answer of Azure's would be."""
+        if call.path.startswith("/operations/") or not isinstance(body, dict | list):
+            return
+        posted = call.name if call.method == "POST" else ""
+        wrong = models.mistakes(call.kind, posted, body)
+        self.bugs += [f"{call.method} {call.kind} answers {one}" for one in wrong]
 
     def _refused(self, call: Call, error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
         if call.kind == "blob":
@@ -199,11 +215,10 @@ def _plain(
     *,
     head: bool = False,
 ) -> list[bytes]:
-    length = [] if status == HTTPStatus.NO_CONTENT else [("Content-Length", str(len(content)))]
-    kinds = (
-        []
-        if any(key == "Content-Type" for key, _ in headers)
-        else [("Content-Type", "application/json")]
-    )
-    start(f"{status} {HTTPStatus(status).phrase}", [*headers, *kinds, *length])
+    usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    if status == HTTPStatus.NO_CONTENT:
+        del usual["Content-Length"]
+    given = {name.lower() for name, _ in headers}
+    more = [(name, value) for name, value in usual.items() if name.lower() not in given]
+    start(f"{status} {HTTPStatus(status).phrase}", [*headers, *more])
     return [b"" if head else content]

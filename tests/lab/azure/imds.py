@@ -26,7 +26,7 @@ TOKEN = "/metadata/identity/oauth2/token"
 class Metadata:
     """A WSGI application for one machine."""
 
-    def __init__(self, fleet: Fleet, name: str, login: Callable[[str], str]) -> None:
+    def __init__(self, fleet: Fleet, name: str, login: Callable[[str, str], str]) -> None:
         self._fleet, self._name, self._login = fleet, name, login
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -66,7 +66,7 @@ class Metadata:
             start,
             200,
             {
-                "access_token": self._login(known[0]),
+                "access_token": self._login(known[0], query["resource"]),
                 "expires_in": "86399",
                 "expires_on": "4102444800",
                 "resource": query["resource"],

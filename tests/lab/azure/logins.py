@@ -1,7 +1,4 @@
-"""The login service: tokens for applications, and for the managed identities of launchers.
-
-A token is a secret that nobody else has, not a JWT; who asks for one is known by name.
-"""
+"""The login service: tokens for applications, and for managed identities."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from tests.lab.azure.front import Principal
+from tests.lab.azure.tokens import TENANT, signed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from tests.lab.azure.front import Role
     from tests.lab.azure.wire import Call
 
-TENANT = "11111111-2222-3333-4444-555555555555"
 AUTHORITY = "https://login.microsoftonline.com"
 IMDS = "/metadata/identity/oauth2/token"
 
@@ -29,19 +26,27 @@ class Logins:
     def __init__(self, principals: dict[str, Principal]) -> None:
         self._principals = principals
         self.secrets: dict[str, str] = {}  # of applications
-        self._tokens: dict[str, str] = {}
+        self._known: dict[str, Principal] = {}  # by client identifier
+        self._tokens: dict[tuple[str, str], str] = {}  # by name, and what they are for
 
     def add(self, name: str, roles: Callable[[], list[Role]] | None = None) -> dict[str, str]:
         """Make an application; return its client identifier, secret and tenant."""
         client = f"{secrets.token_hex(4)}-0000-0000-0000-{secrets.token_hex(6)}"
-        self.secrets[client], token = secrets.token_urlsafe(20), secrets.token_urlsafe(30)
-        self._tokens[client] = token
-        self._principals[token] = Principal(name, roles)
+        self.secrets[client] = secrets.token_urlsafe(20)
+        self._known[client] = Principal(name, roles)
         return {"client": client, "secret": self.secrets[client], "tenant": TENANT}
 
     def principal(self, client: str) -> Principal:
         """Find one."""
-        return self._principals[self._tokens[client]]
+        return self._known[client]
+
+    def token(self, who: Principal, resource: str) -> str:
+        """Return what opens a service to somebody."""
+        resource = resource.rstrip("/")
+        if (who.name, resource) not in self._tokens:
+            self._tokens[who.name, resource] = token = signed(resource, who.name)
+            self._principals[token] = who
+        return self._tokens[who.name, resource]
 
     @staticmethod
     def serves(call: Call) -> bool:
@@ -80,11 +85,12 @@ class Logins:
         return self._token(client, form["scope"])
 
     def _token(self, client: str, resource: str) -> tuple[int, dict[str, Any]]:
-        if client not in self._tokens:
+        if client not in self._known:
             return 400, {"error": "invalid_request", "error_description": "Identity not found"}
+        resource = resource.removesuffix("/.default")
         return 200, {
-            "access_token": self._tokens[client],
+            "access_token": self.token(self._known[client], resource),
             "token_type": "Bearer",
             "expires_in": "3600",
-            "resource": resource.removesuffix("/.default"),
+            "resource": resource,
         }

@@ -33,6 +33,13 @@ STATUS = {  # of what always answers with the same, be it new or not
     "Microsoft.Authorization/roleDefinitions": 201,
     "Microsoft.Storage/storageAccounts/managementPolicies": 200,
 }
+STATEFUL = {
+    SCALE_SETS,
+    "Microsoft.Network/networkSecurityGroups",
+    "Microsoft.Network/virtualNetworks",
+    "Microsoft.Resources/subscriptions/resourceGroups",
+    "Microsoft.Storage/storageAccounts",
+}
 SLOW = ("Microsoft.Compute/", "Microsoft.Network/")
 STORAGE = "Microsoft.Storage/storageAccounts"  # slow, too, but not what is in it
 
@@ -55,6 +62,7 @@ class Manager:
         self.registered = {"Microsoft.Compute", "Microsoft.Storage"}
         self.subscriptions = [SUBSCRIPTION]
         self.missing: set[str] = set()  # sizes that the region hasn't got
+        self.usages: dict[str, tuple[int, int]] = dict(skus.USAGES)  # and limits
         self.duration: float = 0  # seconds that every operation takes
         self._written: dict[str, float] = {}
         self.log: list[dict[str, Any]] = []
@@ -69,9 +77,13 @@ class Manager:
         if call.path.startswith("/serial/"):
             return 200, [("Content-Type", "text/plain")], self.fleet.lives[call.name].console
         if call.path == "/subscriptions":
-            return 200, [], {"value": [{"subscriptionId": one} for one in self.subscriptions]}
+            listed = [{"subscriptionId": one, "displayName": "ours"} for one in self.subscriptions]
+            return 200, [], {"value": listed}
         special = {
             "Microsoft.Compute/skus": self._skus,
+            "Microsoft.Compute/locations/usages": self._usages,
+            models.IMAGES: self._images,
+            "Microsoft.Authorization/permissions": self._permissions,
             "Microsoft.Insights/eventtypes/values": self._activities,
             "Microsoft.Resources/tags": self._tag,
             MACHINES: self._machine,
@@ -139,7 +151,8 @@ class Manager:
         made = {"id": call.path, "name": call.name, "type": call.kind, **body}
         if call.kind == SETTINGS:  # times come back with seven digits
             made = json.loads(TIMES.sub(r"\g<0>0000", json.dumps(made)))
-        made["properties"] = {**made.get("properties", {}), "provisioningState": "Succeeded"}
+        state = {"provisioningState": "Succeeded"} if call.kind in STATEFUL else {}
+        made["properties"] = {**made.get("properties", {}), **state}
         self._born(call, made)
         self.resources[call.path.lower()] = made
         self._written[call.path.lower()] = time.monotonic()
@@ -211,6 +224,52 @@ class Manager:
     def _skus(self, call: Call) -> Answer:
         region = call.query["$filter"].partition("'")[2].rstrip("'")
         return 200, [], {"value": skus.listed(region, self.missing)}
+
+    def _usages(self, _: Call) -> Answer:
+        listed = [
+            {
+                "name": {"value": name, "localizedValue": skus.QUOTAS[name]},
+                "currentValue": used,
+                "limit": limit,
+                "unit": "Count",
+            }
+            for name, (used, limit) in self.usages.items()
+        ]
+        return 200, [], {"value": listed}
+
+    def _images(self, call: Call) -> Answer:
+        """List an image's versions, or describe one."""
+        parts = dict(
+            zip(*[iter(call.path.partition("/Microsoft.Compute/")[2].split("/"))] * 2, strict=False)
+        )
+        versions = skus.IMAGES.get((parts["publishers"], parts["offers"], parts["skus"]), {})
+        if call.path.endswith("/versions"):
+            return 200, [], [{"name": one, "location": parts["locations"]} for one in versions]
+        if call.name not in versions:
+            raise ApiError("NotFound", f"Artifact: VMImage was not found: {call.path}", 404)
+        described = {"architecture": versions[call.name], "hyperVGeneration": "V2"}
+        found = {"name": call.name, "location": parts["locations"], "properties": described}
+        return 200, [], found
+
+    def _permissions(self, call: Call) -> Answer:
+        """Say what who asks may do in a resource group."""
+        scope = call.path.lower().partition("/providers/")[0]
+        if scope not in self.resources:
+            name = scope.rpartition("/")[2]
+            raise ApiError(
+                "ResourceGroupNotFound", f"Resource group '{name}' could not be found.", 404
+            )
+        who = self._azure.app.principals[call.token]
+        everything = {"actions": ["*"], "dataActions": [f"{STORAGE}/blobServices/*"]}
+        roles = who.roles() if who.roles else None
+        here = [
+            {"actions": list(one.actions), "dataActions": list(one.data)}
+            for one in roles or ()
+            if any(scope.startswith(place.lower()) for place in one.scopes)
+        ]
+        nothing: dict[str, list[str]] = {"notActions": [], "notDataActions": []}
+        listed = here if roles is not None else [everything]
+        return 200, [], {"value": [{**one, **nothing} for one in listed]}
 
     def _activities(self, call: Call) -> Answer:
         group = call.query["$filter"].rpartition(" eq ")[2].strip("'")
@@ -298,7 +357,7 @@ class Manager:
             made["properties"] |= {"principalId": secrets.token_hex(8), "clientId": "-"}
         if call.kind == "Microsoft.Storage/storageAccounts/blobServices/containers":
             account = call.path.split("/storageAccounts/")[1].partition("/")[0]
-            self._azure.blobs.containers.setdefault((account, call.name), {})
+            self._azure.blobs.make(account, call.name)
 
     # What takes its time
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from tests.lab import machines
 from tests.lab.azure import Azure
+from tests.lab.azure.azurite import PROGRAM, Azurite
+from tests.lab.azure.manager import SUBSCRIPTION
 from tests.lab.region import Region
 
 if TYPE_CHECKING:
@@ -22,11 +24,15 @@ class AzureRegion(Region):
     """All of it."""
 
     def open(self) -> None:
-        """Have the cloud."""
-        self.azure = Azure(self, real=True)
+        """Have the cloud, with the vendor's own blobs if they are there."""
+        directory = self.directory / "azurite"
+        self.azurite = Azurite(PROGRAM, directory, SUBSCRIPTION) if PROGRAM else None
+        self.azure = Azure(self, real=True, azurite=self.azurite)
 
     def enter(self, stack: ExitStack) -> Mapping[str, Callable[..., Iterable[bytes]]]:
         """Start it; say who answers for which of its hosts."""
+        if self.azurite:
+            stack.enter_context(self.azurite)
         self.azure = stack.enter_context(self.azure)
         hosts = ("management.azure.com", "blob.core.windows.net", "login.microsoftonline.com")
         return dict.fromkeys(hosts, self.azure.app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 ZONES = ["1", "2", "3"]
@@ -22,6 +23,30 @@ GPU = (
 ONE_ZONE = ("NC4as_T4_v3",)
 NAMES = {f"Standard_{name}" for name in (*SMALL, *SCSI, *ARM, *NVME, *GPU)}
 NO_SPOT = {f"Standard_{name}" for name in SMALL}
+QUOTAS = {  # names for people
+    "cores": "Total Regional vCPUs",
+    "lowPriorityCores": "Total Regional Spot vCPUs",
+    "standardDASv5Family": "Standard DASv5 Family vCPUs",
+    "standardDSv5Family": "Standard DSv5 Family vCPUs",
+    "Standard NCASv3_T4 Family": "Standard NCASv3_T4 Family vCPUs",
+}
+USAGES = {
+    "cores": (2, 64),
+    "lowPriorityCores": (0, 32),
+    "standardDASv5Family": (0, 64),
+    "standardDSv5Family": (2, 64),
+    "Standard NCASv3_T4 Family": (0, 0),
+}
+FAMILIES = {  # those of which there is a quota here
+    r"D\d+as_v5": "standardDASv5Family",
+    r"D\d+s_v5": "standardDSv5Family",
+    r"NC\d+as_T4_v3": "Standard NCASv3_T4 Family",
+}
+IMAGES = {  # versions, and for which processors they are
+    ("Canonical", "ubuntu-24_04-lts", "server"): {"24.04.202610010": "x64"},
+    ("Canonical", "ubuntu-24_04-lts", "server-arm64"): {"24.04.202610010": "Arm64"},
+    ("microsoft-dsvm", "ubuntu-hpc", "2404"): {"24.04.2026090101": "x64"},
+}
 
 
 def listed(region: str, missing: set[str]) -> list[dict[str, Any]]:
@@ -45,7 +70,9 @@ def _kind(name: str) -> str:
 
 def _described(name: str, region: str, restricted: bool) -> dict[str, Any]:
     plain = name.removeprefix("Standard_")
+    cores = re.match(r"[A-Z]+(\d+)", plain)
     capabilities = {
+        "vCPUs": cores[1] if cores else "1",
         "LowPriorityCapable": str(name not in NO_SPOT),
         "CpuArchitectureType": "Arm64" if _kind(plain).startswith("arm") else "x64",
     }
@@ -57,6 +84,7 @@ def _described(name: str, region: str, restricted: bool) -> dict[str, Any]:
     return {
         "resourceType": "virtualMachines",
         "name": name,
+        "family": next((one for pat, one in FAMILIES.items() if re.fullmatch(pat, plain)), ""),
         "locations": [region],
         "locationInfo": [{"location": region, "zones": ["2"] if plain in ONE_ZONE else ZONES}],
         "capabilities": [{"name": key, "value": value} for key, value in capabilities.items()],

@@ -30,6 +30,7 @@ class Call:
     """One request."""
 
     method: str
+    target: str  # as it was sent, with its query
     path: str  # without its query
     kind: str  # PROVIDER/TYPE/…, of what the path names
     action: str  # as roles name it
@@ -47,7 +48,8 @@ class Call:
 
 def read(environ: dict[str, Any], raw: bytes) -> Call:
     """Understand a request."""
-    path = unquote(environ.get("RAW_URI", environ["PATH_INFO"]).partition("?")[0])
+    target = environ.get("RAW_URI", environ["PATH_INFO"])
+    path = unquote(target.partition("?")[0])
     method = environ["REQUEST_METHOD"]
     kind, posted = _kind(path, method)
     try:
@@ -56,15 +58,16 @@ def read(environ: dict[str, Any], raw: bytes) -> Call:
         body = None
     return Call(
         method=method,
+        target=target,
         path=path,
         kind=kind,
         action=_action(kind, method, posted),
         token=environ.get("HTTP_AUTHORIZATION", "").removeprefix("Bearer "),
         query={key: values[0] for key, values in parse_qs(environ.get("QUERY_STRING")).items()},
         headers={
-            key[5:].replace("_", "-").lower(): value
+            key.removeprefix("HTTP_").replace("_", "-").lower(): value
             for key, value in environ.items()
-            if key.startswith("HTTP_")
+            if key.startswith("HTTP_") or key == "CONTENT_TYPE"
         },
         body=body,
         raw=raw,

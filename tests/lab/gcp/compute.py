@@ -27,6 +27,12 @@ AGAIN = 0.5  # seconds before a group that could start nothing tries again
 ZONES = {
     "us-west1": "abc", "us-east1": "bcd", "europe-west1": "bcd", "europe-north1": "abc",
 }  # fmt: skip
+QUOTAS = {
+    "CPUS": (2.0, 24.0), "N2_CPUS": (0.0, 24.0), "PREEMPTIBLE_CPUS": (0.0, 0.0),
+    "NVIDIA_T4_GPUS": (0.0, 1.0), "PREEMPTIBLE_NVIDIA_T4_GPUS": (0.0, 4.0),
+    "INSTANCES": (1.0, 72.0), "IN_USE_ADDRESSES": (1.0, 8.0),
+}  # fmt: skip
+GLOBAL_QUOTAS = {"CPUS_ALL_REGIONS": (2.0, 32.0), "GPUS_ALL_REGIONS": (0.0, 1.0)}
 MESSAGES = {
     "ZONE_RESOURCE_POOL_EXHAUSTED": "The zone '{zone}' does not have enough resources available"
     " to fulfill the request.  Try a different zone, or try again later.",
@@ -127,6 +133,8 @@ class Compute:
         self.gpus: set[str] = set()
         self.hinder: Callable[[str, str, bool], str] = lambda _zone, _type, _spot: ""
         self.spoil: Callable[[str], str] = lambda _kind: ""  # code with which operations fail
+        self.quotas: dict[str, tuple[float, float]] = dict(QUOTAS)  # usage and limit
+        self.networks = {"default": set(ZONES)}  # and the regions in which they have subnets
         self._requests: dict[str, str] = {}  # operations by the number of who asked
         self._ready: dict[str, float] = {}  # when templates can be used
         self._done: dict[str, Callable[[], bool]] = {}
@@ -198,6 +206,22 @@ class Compute:
 
     def acceleratorTypes_aggregatedList(self, query: dict[str, str], **_: Any) -> Any:
         return self._everywhere("acceleratorTypes", self.gpus, query)
+
+    def regions_get(self, where: dict[str, str], **_: Any) -> Any:
+        return {"kind": "compute#region", "name": where["region"], "quotas": _told(self.quotas)}
+
+    def projects_get(self, **_: Any) -> Any:
+        return {"kind": "compute#project", "name": PROJECT, "quotas": _told(GLOBAL_QUOTAS)}
+
+    def networks_get(self, where: dict[str, str], **_: Any) -> Any:
+        name = where["network"]
+        if name not in self.networks:
+            raise _absent(f"projects/{PROJECT}/global/networks/{name}")
+        subnets = [
+            f"{BASE}/{PROJECT}/regions/{region}/subnetworks/{name}"
+            for region in sorted(self.networks[name])
+        ]
+        return {"kind": "compute#network", "name": name, "subnetworks": subnets}
 
     def firewalls_get(self, where: dict[str, str], **_: Any) -> Any:
         return self._named(self.firewalls, where["firewall"], "firewalls")
@@ -576,7 +600,7 @@ class Compute:
         for region, letters in ZONES.items():
             for zone in (f"{region}-{letter}" for letter in letters):
                 here = [
-                    {"name": name}
+                    _described(name)
                     for name in sorted(wanted & names)
                     if (name, zone) not in self.missing
                 ]
@@ -659,3 +683,19 @@ def _text(at: datetime) -> str:
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+def _told(quotas: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    return [
+        {"metric": name, "usage": usage, "limit": limit} for name, (usage, limit) in quotas.items()
+    ]
+
+
+def _described(name: str) -> dict[str, Any]:
+    """Tell of a type how many cores it has, which its name says, and the GPUs built into it."""
+    number = name.rpartition("-")[2]
+    if not number.isdigit():
+        return {"name": name}
+    gpu = {"g2": "nvidia-l4"}.get(name.partition("-")[0])
+    built = [{"guestAcceleratorType": gpu, "guestAcceleratorCount": 1}] if gpu else []
+    return {"name": name, "guestCpus": int(number), **({"accelerators": built} if built else {})}

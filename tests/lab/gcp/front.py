@@ -26,6 +26,7 @@ APIS = {
     "iam.googleapis.com": "iam.v1",
     "cloudresourcemanager.googleapis.com": "cloudresourcemanager.v1",
 }
+TEST = ".testIamPermissions"
 LOST = "lost"  # the reason of a fault: the call is carried out, but its answer never comes
 OFF = (
     "{name} has not been used in project 123456789012 before or it is disabled. Enable it by"
@@ -82,6 +83,7 @@ class Front:
 
     gcp: GCP
     latency: float = 0  # seconds that every call takes longer
+    ahead: float = 0  # seconds that the clock is
     watch: Callable[[str], None] = lambda _: None  # is told of every call before it is served
     calls: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -93,7 +95,9 @@ class Front:
         began = time.monotonic()
         host = environ["HTTP_HOST"].partition(":")[0]
         path = environ["PATH_INFO"]
-        query = dict(parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True))
+        query: dict[str, str] = {}
+        for key, value in parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True):
+            query[key] = f"{query[key]},{value}" if key in query else value
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         who = self._who(environ.get("HTTP_AUTHORIZATION", ""))
         if host in (STS, CREDENTIALS):
@@ -163,7 +167,7 @@ class Front:
             time.sleep(self.latency)
             self.watch(action)
             self._check(action, call, host, who)
-            found = self._serve(call)
+            found = self._tested(call, who) if action.endswith(TEST) else self._serve(call)
             if call.method.response:
                 api.check(found, {"$ref": call.method.response}, f"our answer to {action}")
             if self._strikes(action, lost=True):
@@ -171,6 +175,21 @@ class Front:
         except ApiError as error:
             return action, error.status, json_type, _refusal(error)
         return action, 200, json_type, json.dumps(found).encode()
+
+    def _tested(self, call: Call, who: Principal | None) -> Any:
+        """Say which of some permissions somebody has; of what isn't there, none."""
+        assert who
+        wanted = call.body["permissions"] if call.body else call.query["permissions"].split(",")
+        had = None if who.rights is None else who.rights(_nothing())
+        if address := call.where.get("serviceAccountsId"):
+            able = who.acts_as and address in self.gcp.iam.accounts
+            had = {"iam.serviceAccounts.actAs"} if able else set()
+        elif bucket := call.where.get("bucket"):
+            if bucket not in self.gcp.storage.buckets:
+                raise ApiError(404, "notFound", "The specified bucket does not exist.")
+            had = None if had is None else had | self._lent(who.name, bucket)
+        granted = [one for one in wanted if had is None or one in had]
+        return {"permissions": granted} if granted else {}
 
     def _serve(self, call: Call) -> Any:
         service, _, name = call.method.id.partition(".")

@@ -63,10 +63,16 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "compute.regionInstanceGroupManagers.setInstanceTemplate": (
         "compute.instanceGroupManagers.update",
     ),
+    "compute.networks.get": ("compute.networks.get",),
+    "compute.projects.get": ("compute.projects.get",),
+    "compute.regions.get": ("compute.regions.get",),
     "compute.regionOperations.wait": ("compute.regionOperations.get",),
     "compute.zoneOperations.wait": ("compute.zoneOperations.get",),
     "cloudresourcemanager.projects.get": ("resourcemanager.projects.get",),
     "cloudresourcemanager.projects.getIamPolicy": ("resourcemanager.projects.getIamPolicy",),
+    "cloudresourcemanager.projects.testIamPermissions": (),  # to which everybody has a right
+    "iam.projects.serviceAccounts.testIamPermissions": (),
+    "storage.buckets.testIamPermissions": (),
     "cloudresourcemanager.projects.setIamPolicy": ("resourcemanager.projects.setIamPolicy",),
     "iam.projects.roles.create": ("iam.roles.create",),
     "iam.projects.roles.get": ("iam.roles.get",),
