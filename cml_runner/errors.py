@@ -78,12 +78,13 @@ class AgentFailed(RunnerError):
 
 
 class MissingDependency(RunnerError):
-    """A cloud was asked for whose SDK, or another program that it needs, is not installed."""
+    """What was asked for, a cloud mostly, needs packages or a program that aren't installed."""
 
     exit_code = 9
 
-    def __init__(self, cloud: str, message: str = "") -> None:
-        super().__init__(message or f"{cloud} needs its SDK: pip install 'cml-runner[{cloud}]'")
+    def __init__(self, extra: str, message: str = "") -> None:
+        more = f"{extra} needs more packages: pip install 'cml-runner[{extra}]'"
+        super().__init__(message or more)
 
 
 class CleanupFailed(RunnerError):

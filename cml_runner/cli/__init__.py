@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "doctor",
     "setup": "setup",
     "permissions": "setup",
+    "completion": "completion",
     "supervise": "supervise",
 }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cml_runner import clouds, forges
+from cml_runner.cli import completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ def option(*names: str, default: Any = "", **more: Any) -> Callable[[F], F]:
     shown = isinstance(default, str) and default != ""
     if "is_flag" not in more and not more.get("multiple"):
         more["default"] = default
+    if completion.known(names[0].strip("-").replace("-", "_")):
+        more["shell_complete"] = completion.values
     return click.option(*names, show_default=shown, **more)
 
 

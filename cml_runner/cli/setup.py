@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from cml_runner import clouds
-from cml_runner.cli import options
+from cml_runner.cli import completion, options
 
-NAME = click.argument("cloud", type=clouds.named, metavar="CLOUD")
+NAME = click.argument("cloud", type=clouds.named, metavar="CLOUD", shell_complete=completion.values)
 REGION = options.option(
     "--cloud-region", default="us-west", help="Region, generic or native; a list for several."
 )

@@ -12,6 +12,7 @@ import click
 
 from cml_runner import clouds
 from cml_runner.cli import options
+from cml_runner.cli.terraform import import_
 from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def task_() -> None:
     task is destroyed. Spot machines that are taken away are replaced, with the data of ten seconds
     before.
     """
+
+
+task_.add_command(import_)
 
 
 @task_.command("run", context_settings=options.SETTINGS)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.conftest import Cli
 
 WITHOUT = {
+    "completion": "prints a script",
     "ssh": "has the user's terminal, or the output of their command",
     "supervise": "is started by machines",
 }

@@ -138,7 +138,7 @@ class Machine:
 
     def remembers(self, program: str, secret: str) -> bool:
         """Say if a process with this word among its arguments has the secret in its memory."""
-        (process,) = (one for one in self.processes() if program in one.cmdline())
+        (process,) = (one for one in self.processes() if program in _words(one))
         with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
             for area in process.memory_maps(grouped=False):
                 first, last = (int(text, 16) for text in area.addr.split("-"))
@@ -243,3 +243,10 @@ class Machine:
         )
         if not self._over.is_set() or not os.environ.get("LAB_KEEP"):
             shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Return the arguments of a process; none if it is no more."""
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []

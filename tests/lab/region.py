@@ -14,6 +14,7 @@ import http.client
 import os
 import shutil
 import sys
+import threading
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from itertools import count
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Own = TypeVar("Own", bound="Region")
 PACKAGES, FORGE = "packages.lab.example", "git.lab.example"
 TOOLS = ("systemd-nspawn", "ip", "nsenter", "mount")
+AFTER = 1  # second, of many that clouds take to end a machine
 HOP = ("connection", "keep-alive", "transfer-encoding", "content-length")
 
 
@@ -181,8 +183,11 @@ class Region:
         machine.start()
 
     def end(self, instance: str) -> None:
-        """Take its power away."""
-        self.machines[instance].end()
+        """Take its power away, some time after the cloud has said that it will."""
+        if machine := self.machines.get(instance):
+            timer = threading.Timer(AFTER, machine.end)
+            timer.daemon = True
+            timer.start()
 
     def said(self) -> str:
         """Return the last lines of every console, to tell what went wrong."""

@@ -145,5 +145,5 @@ def test_a_pyproject_of_somebody_else(tmp_path: Path) -> None:
 def test_every_option_is_a_flag() -> None:
     from cml_runner.cli.task import run_
 
-    flags = {one.name for one in run_.params} - {"log", "detach"}
+    flags = {one.name for one in run_.params} - {"log", "detach", "as_json"}
     assert flags == {one.name for one in fields(Options)}

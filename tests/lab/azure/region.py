@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from tests.lab import machines
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from tests.lab.machines import Instance
-
-AFTER = 1  # second
 
 
 class AzureRegion(Region):
@@ -56,10 +53,3 @@ class AzureRegion(Region):
     def files(self, instance: Instance) -> Mapping[str, str]:
         """Have cloud-init find its user data; Azure's own way takes a DVD drive."""
         return machines.seeded(instance)
-
-    def end(self, instance: str) -> None:
-        """Take its power away, some time after Azure has said that it will."""
-        if machine := self.machines.get(instance):
-            timer = threading.Timer(AFTER, machine.end)
-            timer.daemon = True
-            timer.start()
