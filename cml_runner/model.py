@@ -193,6 +193,15 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quote:
+    """What one machine of a type costs, in USD per hour; None: nobody knows."""
+
+    type: str
+    price: float | None  # now, as it was asked for: on the spot market, or on demand
+    on_demand: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One thing that a launch needs, looked at before anything is paid for.
 

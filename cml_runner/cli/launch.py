@@ -145,6 +145,11 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
     metavar="DURATION",
     help="The cloud itself ends everything then; never is allowed.",
 )
+@options.option(
+    "--max-price",
+    metavar="USD",
+    help="Refuse if all machines together would cost more an hour, or nobody knows.",
+)
 @options.option("--wait/--no-wait", default=True, help="Wait until the forge says online.")
 @options.option(
     "--wait-timeout", default="20 minutes", metavar="DURATION", help="Then give up, and delete all."
@@ -191,7 +196,9 @@ def _dry_run(order: Order) -> None:
         return
     launched.region, *_ = order.regions
     launched.plan = launch.plan(order, launched.region)
+    launched.price = launch.price(order, launched.region)
     options.echo_json(result.plan(launched))
+    click.echo(f"{launched.region}: {launched.price.text}", err=True)
 
 
 def _here(order: Order) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from datetime import datetime
 
-    from cml_runner.model import Check, Happening, Identifier, Instance, Lease, Notice, Task
+    from cml_runner.model import Check, Happening, Identifier, Instance, Lease, Notice, Quote, Task
     from cml_runner.store import Store
 
 NAMES = tuple(module.name for module in iter_modules(__path__))
@@ -116,7 +116,6 @@ class Plan:
     group: Group  # the one which holds the machines
     bucket: Bucket  # the one which holds the files
     arch: Literal["x64", "arm64"] = "x64"  # of the machines
-    price: float | None = None  # USD/h for all machines, where known
 
 
 class Cloud(Protocol):
@@ -175,6 +174,13 @@ class Cloud(Protocol):
         The first one is the login; if that fails, or if the description of the machine makes no
         sense, what depends on it is left out. Raises NoCredentials or MissingDependency, at once;
         else it raises nothing: what can't be looked at is unknown.
+        """
+
+    def quotes(self, task: Task) -> list[Quote]:
+        """Ask what a machine of each type costs that this task may get; none where nobody knows.
+
+        It changes nothing, and may take seconds. Raises ConfigurationError as `plan` does, and
+        RunnerError if it can't be asked; a price that we may not ask for isn't known.
         """
 
     @staticmethod

@@ -20,7 +20,8 @@ from cml_runner.errors import (
     NotReady,
     RunnerError,
 )
-from cml_runner.launch import readiness
+from cml_runner.launch import prices, readiness
+from cml_runner.launch.prices import Beside, Price
 from cml_runner.model import Settings, Task
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Launch:
     began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     phases: dict[str, float] = field(default_factory=dict)  # seconds
     reused: str = ""
+    price: Price = field(default_factory=Price)  # as far as it is known
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -142,15 +144,32 @@ def find(runners: Sequence[Runner], order: Order) -> Runner | None:
     return None
 
 
+def price(order: Order, region: str) -> Price:
+    """Ask what a launch costs in one region. Raises NoCapacity if that is too much."""
+    try:
+        quotes = clouds.load(order.cloud, region).quotes(_task(order, None))
+    except RunnerError as error:
+        log.debug("%s", error)
+        quotes = []
+    found = prices.of(quotes, order.count)
+    if order.max_price is not None:
+        prices.check(found, order.max_price, region)
+    return found
+
+
 def plan(order: Order, region: str, content: Settings | None = None) -> Plan:
     """Say what a launch needs in one region; nothing is changed."""
+    return clouds.load(order.cloud, region).plan(_task(order, content))
+
+
+def _task(order: Order, content: Settings | None) -> Task:
     own = {
         "name": order.name,
         "count": str(order.count),
         "repo": order.access.url,
         "labels": ",".join(order.labels),
     }
-    task = Task(
+    return Task(
         id=order.id,
         settings=msgspec.json.encode(content).decode() if content else "",
         machine=order.machine,
@@ -159,7 +178,6 @@ def plan(order: Order, region: str, content: Settings | None = None) -> Plan:
         expires=order.expires,
         tags={**order.tags, **own},
     )
-    return clouds.load(order.cloud, region).plan(task)
 
 
 def _understood(order: Order) -> None:
@@ -177,6 +195,9 @@ def _in_region(
     launched: Launch, region: str, forge: Forge, wanted: Settings, tell: Callable[[str], None]
 ) -> None:
     order = launched.order
+    if order.max_price is not None:
+        with launched.phase("price"):
+            launched.price = price(order, region)
     own = clouds.load(order.cloud, region).dedicated
     wanted = replace(wanted, cloud=order.cloud, region=region, user=USER if own else "")
     once = order.single and not order.machine.spot and forge.one_time
@@ -199,7 +220,17 @@ def _in_region(
         with suppress(NotFound):  # a machine that fails, or has its only job done, is faster
             found.group.expire(order.expires)
         if order.wait:
+            asking = _ask_beside(launched, region)
             readiness.wait(order, found, forge, tell)
+            launched.price = asking.price
+
+
+def _ask_beside(launched: Launch, region: str) -> Beside:
+    """Ask what it costs while everybody waits for the machines."""
+    known = launched.price
+    asking = Beside(lambda: known if known.now is not None else price(launched.order, region))
+    asking.start()
+    return asking
 
 
 def _created(launched: Launch, found: Plan) -> bool:

@@ -84,6 +84,7 @@ class Options:
     machine_uv: str = ""
     count: str = "1"
     max_lifetime: str = "5 days"
+    max_price: str = ""
     wait: bool = True
     wait_timeout: str = "20 minutes"
     dry_run: bool = False
@@ -123,6 +124,7 @@ class Order:
     expires: datetime | None
     wait: bool
     wait_timeout: float
+    max_price: float | None  # USD per hour, for all machines
     dry_run: bool
 
 
@@ -152,6 +154,16 @@ def regions(options: Options) -> tuple[str, ...]:
     return _split(options.cloud_region)
 
 
+def _limit(text: str) -> float | None:
+    if not text:
+        return None
+    found = float(text)
+    if not 0 < found < float("inf"):
+        msg = "it must be more than nothing"
+        raise ValueError(msg)
+    return found
+
+
 class _Reader:
     """Reads option after option; a mistake is noted and reading goes on."""
 
@@ -169,6 +181,7 @@ class _Reader:
         tags = self._pairs("--cloud-metadata", options.cloud_metadata)
         idle_timeout = self.duration("--idle-timeout", options.idle_timeout)
         wait_timeout = self.duration("--wait-timeout", options.wait_timeout)
+        max_price = self.take("--max-price", lambda: _limit(options.max_price), None)
         startup = self.take("--cloud-startup-script", self._startup, "")
         program = self._program()
         self._together(named, count)
@@ -202,6 +215,7 @@ class _Reader:
             expires=datetime.now(timezone.utc) + timedelta(seconds=lifetime) if lifetime else None,
             wait=options.wait,
             wait_timeout=wait_timeout or float("inf"),
+            max_price=max_price,
             dry_run=options.dry_run,
         )
 
@@ -313,6 +327,8 @@ class _Reader:
             self.mistakes.append(
                 f"--cloud {options.cloud}: choose one of {', '.join(clouds.NAMES)}"
             )
+        if options.max_price and not options.cloud:
+            self.mistakes.append("--max-price needs --cloud: this machine has no price")
         if not options.cloud and count > 1:
             self.mistakes.append("--count needs --cloud: this machine is just one")
         if options.docker and not options.sudo:

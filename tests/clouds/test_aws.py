@@ -401,6 +401,8 @@ def launch_and_delete(rig: AwsRig) -> None:
 
 
 ONLY_AT_TIMES = {
+    "ec2:DescribeSpotPriceHistory",  # prices
+    "pricing:GetProducts",
     "autoscaling:DeleteScheduledAction",  # expire(None)
     "autoscaling:DescribeScalingActivities",  # while waiting
     "autoscaling:UpdateAutoScalingGroup",  # resize()

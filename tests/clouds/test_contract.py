@@ -340,3 +340,10 @@ def test_a_machine_that_makes_no_sense_is_told_by_looking(rig: Rig) -> None:
     if rig.cloud.dedicated or wrong:  # the embedded cloud has but one machine
         assert {one.code for one in wrong} == {ConfigurationError.exit_code}
         assert all(one.hint for one in wrong)
+
+
+def test_what_machines_cost_can_be_asked(rig: Rig) -> None:
+    for one in rig.cloud.quotes(rig.task()):
+        assert one.type
+        assert one.price is None or one.price >= 0
+    assert rig.cloud.tasks() == []

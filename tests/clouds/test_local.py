@@ -583,7 +583,6 @@ def test_all_mistakes_are_told_at_once(local_rig: LocalRig) -> None:
 def test_what_makes_sense_is_taken(local_rig: LocalRig) -> None:
     machine = Machine(types=("xl", "s"), gpu="nogpu", image="ubuntu", spot=True, disk=9)
     plan = local_rig.cloud.plan(Task(id=Identifier.new(), machine=machine))
-    assert plan.price == 0
     assert plan.arch in ("x64", "arm64")
 
 

@@ -35,7 +35,12 @@ NAMES = (
     *("*.amazonaws.com", "*.us-west-2.amazonaws.com", "*.s3.us-west-2.amazonaws.com"),
     *("*.us-east-1.amazonaws.com", "*.s3.us-east-1.amazonaws.com", "*.lab.example"),
     *("*.eu-west-1.amazonaws.com", "*.eu-north-1.amazonaws.com", "*.s3.amazonaws.com"),
-    *("management.azure.com", "*.blob.core.windows.net", "login.microsoftonline.com"),
+    *(
+        "management.azure.com",
+        "prices.azure.com",
+        "*.blob.core.windows.net",
+        "login.microsoftonline.com",
+    ),
     "*.googleapis.com",
     *("gitlab.com", "bitbucket.org", "*.bitbucket.org", "*.atlassian.com"),
 )

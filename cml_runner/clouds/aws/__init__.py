@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait
-from cml_runner.clouds.aws import account, catalogue, checks, machine, older
+from cml_runner.clouds.aws import account, catalogue, checks, machine, older, prices
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
     Bucket,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
 
-    from cml_runner.model import Check, Lease, Notice
+    from cml_runner.model import Check, Lease, Notice, Quote
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,10 @@ class Cloud:
     def checks(self, task: Task) -> Iterator[Check]:
         """Look at account, region, and what the machines are to be."""
         return checks.checks(self._session, task, self._site)
+
+    def quotes(self, task: Task) -> list[Quote]:
+        """Ask the price list and, of spot machines, the market."""
+        return prices.quotes(self._session, self._site(task).wanted, spot=task.machine.spot)
 
     @staticmethod
     def rank() -> None:

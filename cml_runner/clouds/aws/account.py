@@ -318,6 +318,7 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
             "*",
             {},
         ),
+        ("Prices", ["ec2:DescribeSpotPriceHistory", "pricing:GetProducts"], "*", {}),
         (
             "Images",
             ["ssm:GetParameter"],

@@ -28,6 +28,8 @@ ONLY_SSH = frozenset(
         "ec2:AuthorizeSecurityGroupIngress",
     }
 )
+PRICES = "only prices need it: --max-price and --dry-run"
+ONLY_PRICES = frozenset({"ec2:DescribeSpotPriceHistory", "pricing:GetProducts"})
 NUMBER = "0123456789abcdef0"  # of something that might be
 SAMPLES = {  # of what a policy's wildcards stand for; the first that fits
     ":*/*": f":instance/i-{NUMBER}",
@@ -71,7 +73,9 @@ def look(session: Session) -> Iterator[Check]:
         return
     needed = {name for one in questions(session) for name in one.actions}
     yield from allowed([one for one in missing if one in ONLY_SSH], 0, HINT, SSH)
-    yield from allowed([one for one in missing if one not in ONLY_SSH], len(needed), HINT)
+    yield from allowed([one for one in missing if one in ONLY_PRICES], 0, HINT, PRICES)
+    seldom = ONLY_SSH | ONLY_PRICES
+    yield from allowed([one for one in missing if one not in seldom], len(needed), HINT)
 
 
 def questions(session: Session) -> Iterator[Question]:

@@ -66,6 +66,7 @@ IMAGE = frozenset(
 EXISTS = re.compile(r"AlreadyExists|\.Duplicate$|^BucketAlreadyOwnedByYou$|^PreconditionFailed$")
 TAKEN = "has been taken in this account"  # what IAM says of a service-linked role
 ABSENT = re.compile(r"NotFound(Exception)?$|^NoSuch|^404$")
+HOMES = {"pricing": "us-east-1"}  # of services that aren't everywhere
 FRESH = timedelta(minutes=5)  # before the SDK is asked if its credentials are still good
 # Auto Scaling has but one code for all that is wrong with a request.
 NO_GROUP = re.compile(r"(AutoScalingGroup|Group|Scheduled action) name not found", re.IGNORECASE)
@@ -176,7 +177,7 @@ class Session:
             read_timeout=60,
             user_agent_extra="cml-runner",
         )
-        client = session.client(service, config=config)
+        client = session.client(service, region_name=HOMES.get(service), config=config)
         client.meta.events.register("response-received", self._hear)
         return client
 

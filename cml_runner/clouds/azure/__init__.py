@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import clouds, leases, store, web
-from cml_runner.clouds.azure import account, arm, catalogue, checks, leaving, machine, virtual
+from cml_runner.clouds.azure import (
+    account,
+    arm,
+    catalogue,
+    checks,
+    leaving,
+    machine,
+    prices,
+    virtual,
+)
 from cml_runner.clouds.azure.account import Place
 from cml_runner.clouds.azure.group import Group
 from cml_runner.clouds.azure.resources import (
@@ -38,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
 
-    from cml_runner.model import Check, Lease, Notice
+    from cml_runner.model import Check, Lease, Notice, Quote
 
 TAG_KEY = re.compile(r"(?!(microsoft|azure|windows))[^<>%&\\?/]{1,512}", re.IGNORECASE)
 CONTAINER = re.compile(r"[a-z0-9]([a-z0-9-]{1,61}[a-z0-9])")
@@ -112,6 +121,10 @@ class Cloud:
     def checks(self, task: Task) -> Iterator[Check]:
         """Look at subscription, region, and what the machines are to be."""
         return checks.checks(self._session, self.region, task, self._site)
+
+    def quotes(self, task: Task) -> list[Quote]:
+        """Ask the list of retail prices."""
+        return prices.quotes(self.region, self._site(task).types, spot=task.machine.spot)
 
     @staticmethod
     def rank() -> None:

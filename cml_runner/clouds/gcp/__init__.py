@@ -37,7 +37,7 @@ from cml_runner.store import Store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from cml_runner.model import Check, Lease, Notice
+    from cml_runner.model import Check, Lease, Notice, Quote
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,10 @@ class Cloud:
     def checks(self, task: Task) -> Iterator[Check]:
         """Look at project, region, and what the machines are to be."""
         return checks.checks(self._session, task, self._understood)
+
+    def quotes(self, task: Task) -> list[Quote]:
+        """Know none: Google's catalogue has prices of parts, for whoever has a key of its own."""
+        return []
 
     @staticmethod
     def rank() -> None:

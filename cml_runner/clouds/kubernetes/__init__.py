@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
 
-    from cml_runner.model import Check, Identifier, Lease, Notice, Program
+    from cml_runner.model import Check, Identifier, Lease, Notice, Program, Quote
     from cml_runner.store import Store
 
 BRIEF = 5  # seconds to wait for a cluster which may be of the past
@@ -149,6 +149,10 @@ class Cloud:
         name = task.machine.options.get("kubernetes-namespace", "")
         session = Session(name) if name else self._session
         return checks.checks(session, task, RULES, lambda: pod.understood(task, self._nodes))
+
+    def quotes(self, task: Task) -> list[Quote]:
+        """Know none: nodes have a price, and others pay it."""
+        return []
 
     @staticmethod
     def rank() -> int:

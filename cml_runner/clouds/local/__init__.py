@@ -35,7 +35,7 @@ from cml_runner.clouds.local.keeper import wake
 from cml_runner.clouds.local.processes import VARIABLE
 from cml_runner.clouds.local.resources import Bucket, Group
 from cml_runner.errors import ConfigurationError, RunnerError
-from cml_runner.model import Identifier, Lease, Notice
+from cml_runner.model import Identifier, Lease, Notice, Quote
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ class Cloud:
         group = Group(bucket, tuple(self.command), self.grace)
         arm = platform.machine().lower() in ("aarch64", "arm64")
         arch: Literal["x64", "arm64"] = "arm64" if arm else "x64"
-        return clouds.Plan(
-            resources=(bucket, group), group=group, bucket=bucket, arch=arch, price=0.0
-        )
+        return clouds.Plan(resources=(bucket, group), group=group, bucket=bucket, arch=arch)
 
     def container(self, address: str, options: Mapping[str, str]) -> Store:
         """Open a directory, which must be there; no option makes sense."""
@@ -126,6 +124,10 @@ class Cloud:
     def checks(self, task: Task) -> Iterator[Check]:
         """Look at this computer."""
         return checks.checks(self.region, lambda: self.plan(task))
+
+    def quotes(self, task: Task) -> list[Quote]:
+        """Ask nothing for what is there already."""
+        return [Quote(type=name, price=0, on_demand=0) for name in task.machine.types]
 
     @staticmethod
     def rank() -> int:

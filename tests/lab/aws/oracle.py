@@ -29,6 +29,9 @@ QUOTAS = {
 }
 
 
+PRICES = {"m7i.2xlarge": 0.4032, "m7a.2xlarge": 0.46368, "m6i.2xlarge": 0.384}  # on demand
+
+
 class Oracle:
     """One account's answers."""
 
@@ -37,6 +40,7 @@ class Oracle:
     def __init__(self, aws: AWS) -> None:
         self._aws = aws
         self.quotas: dict[str, float] = {code: float(one[1]) for code, one in QUOTAS.items()}
+        self.prices: dict[str, float] = dict(PRICES)  # USD per hour, on demand
         self.forbidden: set[str] = set()  # actions that the organisation allows nobody
 
     def answer(self, call: Call, who: Principal) -> bytes:
@@ -44,7 +48,16 @@ class Oracle:
         result = self.ANSWERS[call.action](self, call, who)
         if call.form:
             return wire.answer(call.service, call.action, result)
-        return wire.described("service-quotas", call.action, result)
+        service = "pricing" if call.service == "pricing" else "service-quotas"
+        return wire.described(service, call.action, result)
+
+    def _products(self, call: Call, _: Principal) -> dict[str, Any]:
+        """List what a type costs, and an offer for it that costs nothing by the hour."""
+        asked = wire.checked(call)
+        wanted = {one["Field"]: one["Value"] for one in asked["Filters"]}
+        price = self.prices.get(wanted["instanceType"])
+        listed = [] if price is None else [_product(price), _product(0)]
+        return {"FormatVersion": "aws_v1", "PriceList": listed}
 
     def _identity(self, _: Call, who: Principal) -> dict[str, Any]:
         return {"UserId": "AIDAEXAMPLE", "Account": ACCOUNT, "Arn": who.arn}
@@ -97,7 +110,13 @@ def _plain(arn: str) -> str:
     return name.partition("/")[0] if kind == "assumed-role" else name
 
 
+def _product(price: float) -> str:
+    unit = {"unit": "Hrs", "pricePerUnit": {"USD": f"{price:.10f}"}}
+    return json.dumps({"terms": {"OnDemand": {"A.B": {"priceDimensions": {"A.B.C": unit}}}}})
+
+
 Oracle.ANSWERS = {
+    "GetProducts": Oracle._products,
     "GetCallerIdentity": Oracle._identity,
     "SimulatePrincipalPolicy": Oracle._simulate,
     "ListServiceQuotas": Oracle._quotas,

@@ -74,6 +74,11 @@ class Azure:
         """Where Resource Manager is."""
         return MANAGER if self.real else self.url
 
+    @property
+    def prices_url(self) -> str:
+        """Where the list of prices is."""
+        return "https://prices.azure.com" if self.real else self.url
+
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables with which the SDK and obstore speak to this."""
         found = keys or self.admin
@@ -92,6 +97,7 @@ class Azure:
             "AZURE_SUBSCRIPTION_ID": SUBSCRIPTION,
             "AZURE_POD_IDENTITY_AUTHORITY_HOST": self.url,
             "AZURE_RESOURCE_MANAGER_ENDPOINT": self.url,
+            "AZURE_RETAIL_PRICES_ENDPOINT": self.url,
             "AZURE_STORAGE_ENDPOINT": f"{self.url}/{account}",
             "AZURE_ALLOW_HTTP": "true",
         }

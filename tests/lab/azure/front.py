@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from tests.lab.azure import models, wire
+from tests.lab.azure import models, retail, wire
 from tests.lab.azure.tokens import MANAGER, STORAGE, audience
 from tests.lab.azure.wire import ApiError, Call
 
@@ -107,6 +107,9 @@ class Front:
         call = wire.read(environ, raw)
         if self.latency:
             time.sleep(self.latency)
+        if call.path == retail.PATH:
+            listed = retail.answer(call.query, self.azure.prices_url)
+            return _plain(start, 200, [], json.dumps(listed).encode())
         if self.azure.logins.serves(call):
             return _plain(start, *self.azure.logins.answer(call))
         serve = self._manage

@@ -31,7 +31,12 @@ class AzureRegion(Region):
         if self.azurite:
             stack.enter_context(self.azurite)
         self.azure = stack.enter_context(self.azure)
-        hosts = ("management.azure.com", "blob.core.windows.net", "login.microsoftonline.com")
+        hosts = (
+            "management.azure.com",
+            "blob.core.windows.net",
+            "login.microsoftonline.com",
+            "prices.azure.com",
+        )
         return dict.fromkeys(hosts, self.azure.app)
 
     def login(self, keys: dict[str, str]) -> dict[str, str]:

@@ -1,0 +1,85 @@
+"""What machines cost, as clouds tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cml_runner.errors import RunnerError
+from cml_runner.model import Machine, Quote
+from tests.lab.aws.oracle import PRICES as LISTED
+from tests.lab.azure.retail import PRICES, SPOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.clouds.aws_rig import AwsRig
+    from tests.clouds.azure_rig import AzureRig
+    from tests.conftest import Cli
+
+SPOT_ACTION = "ec2:DescribeSpotPriceHistory"
+
+
+def test_aws_on_demand(aws_rig: AwsRig) -> None:
+    task = replace(aws_rig.task(), machine=Machine())
+    found = {one.type: one for one in aws_rig.cloud.quotes(task)}
+    for name, price in LISTED.items():
+        assert found[name] == Quote(type=name, price=price, on_demand=price)
+    assert found["m8i.2xlarge"].price is None, "it isn't sold here"
+
+
+def test_aws_spot(aws_rig: AwsRig) -> None:
+    task = replace(aws_rig.task(), machine=Machine(types=("m7i.2xlarge",), spot=True))
+    (found,) = aws_rig.cloud.quotes(task)
+    assert found.price
+    assert found.price > 0
+    assert found.on_demand == LISTED["m7i.2xlarge"]
+
+
+def test_aws_where_prices_may_not_be_asked(
+    aws_rig: AwsRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = aws_rig.aws.add_user({"Version": "2012-10-17", "Statement": []})
+    for name, value in aws_rig.aws.environment(user).items():
+        monkeypatch.setenv(name, value)
+    task = replace(aws_rig.task(), machine=Machine(types=("m7i.2xlarge",), spot=True))
+    cloud = type(aws_rig.cloud)("us-west")
+    assert cloud.quotes(task) == [Quote(type="m7i.2xlarge", price=None)]
+
+
+@pytest.mark.parametrize("spot", [False, True])
+def test_azure(azure_rig: AzureRig, spot: bool) -> None:
+    task = replace(azure_rig.task(), machine=Machine(spot=spot))
+    found = {one.type: one for one in azure_rig.cloud.quotes(task)}
+    for name in ("Standard_D8as_v5", "Standard_D8s_v5"):
+        listed = PRICES[name]
+        assert found[name].on_demand == listed, "neither Windows' nor that of another market"
+        assert found[name].price == pytest.approx(listed * SPOT if spot else listed)
+    assert found["Standard_D8s_v4"] == Quote(type="Standard_D8s_v4", price=None)
+
+
+def test_azure_without_an_answer(azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_RETAIL_PRICES_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(RunnerError, match="prices aren't known"):
+        azure_rig.cloud.quotes(azure_rig.task())
+
+
+def test_a_launch_that_would_cost_too_much_makes_nothing(
+    cli: Cli, aws_rig: AwsRig, tmp_path: Path
+) -> None:
+    (tmp_path / "forge").mkdir()
+    where = ("launch", "--cloud", "aws", "--repo", (tmp_path / "forge").as_uri(), "--count", "2")
+    env = aws_rig.aws.environment()
+    before = len(aws_rig.aws.app.calls)
+    done = cli.run(*where, "--max-price", "0.9", "--no-wait", environment=env, code=6)
+    assert "us-west: 0.9274 USD an hour, more than --max-price 0.9" in done.err
+    assert aws_rig.aws.left() == []
+    made = [one for one in aws_rig.aws.app.calls[before:] if "Create" in one.action]
+    assert made == []
+    planned = cli.run(*where, "--dry-run", environment=env)
+    assert planned.json["pricePerHour"] == pytest.approx(2 * 0.46368)
+    assert "0.9274 USD an hour" in planned.err
+    cli.run(*where, "--max-price", "1", "--no-wait", environment=env)
+    assert aws_rig.aws.left() != []
