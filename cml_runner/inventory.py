@@ -17,10 +17,11 @@ from cml_runner.errors import (
     ConfigurationError,
     CredentialsError,
     MissingDependency,
+    NoCredentials,
     NotFound,
     RunnerError,
 )
-from cml_runner.model import Identifier, Instance, Lease, Status, Task, names
+from cml_runner.model import Bill, Identifier, Instance, Lease, Status, Task, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 8  # buckets that are read
 FOLLOW = 0.5  # seconds between two looks at a log
 PATIENCE = 10  # failures in a row, with growing pauses, before following is given up
 
@@ -110,11 +112,11 @@ def tasks(cloud: str = "", region: str = "") -> list[Found]:
     def ask(place: Place) -> list[Found]:
         try:
             return [Found(lease.id, place, lease) for lease in place.cloud.tasks()]
-        except (CredentialsError, MissingDependency):
+        except (NoCredentials, MissingDependency):
             if cloud:
                 raise
         except RunnerError as error:
-            if cloud and region:
+            if cloud and (region or isinstance(error, CredentialsError)):
                 raise
             log.warning("%s %s: %s", place.name, place.region, error)
         return []
@@ -175,7 +177,27 @@ def _row(found: Found, statuses: Mapping[int, Status]) -> dict[str, Any]:
         "created": _iso(lease.created if lease else None),
         "expires": _iso(lease.expires if lease else None),
         "over": lease is None,
+        **_cost(found, statuses),
     }
+
+
+def _cost(found: Found, statuses: Mapping[int, Status]) -> dict[str, float | None]:
+    """Say what it costs, and has cost until now or, once it is over, until it was last heard of."""
+    bill = None
+    with suppress(RunnerError):
+        bill = found.bucket.load(store.PRICE, Bill)
+    if not bill:
+        return {"pricePerHour": None, "cost": None}
+    last = max((one.at for one in statuses.values()), default=bill.since)
+    end = _now() if found.lease else last
+    hours = max(0.0, (end - bill.since).total_seconds() / 3600)
+    return {"pricePerHour": bill.price, "cost": round(bill.price * hours, 4)}
+
+
+def rows(several: Sequence[Found]) -> list[dict[str, Any]]:
+    """Describe tasks, each in a line; their buckets are read at the same time."""
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="row") as pool:
+        return list(pool.map(row, several))
 
 
 def details(found: Found) -> dict[str, Any]:

@@ -358,6 +358,14 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What all machines of a task cost, in USD per hour, as its launcher learned."""
+
+    price: float
+    since: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Which machine is the one of this rank, and since when."""
 

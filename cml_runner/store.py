@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30)}
 SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
+PRICE = "price.json"  # model.Bill, where a price is known
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 TOLD = "cml-runner-result: "  # likewise, a model.Result
 LEFT = "left-"
@@ -74,7 +75,8 @@ def interruption(job: Job) -> str:
 
 def kept(key: str) -> bool:
     """Say if an object remains when its task is over: what people may still want to read."""
-    return key.startswith(("log-", "status-", "events", "result-", RECALL, RESUME, f"{DATA}/"))
+    words = ("log-", "status-", "events", "result-", PRICE, RECALL, RESUME, f"{DATA}/")
+    return key.startswith(words)
 
 
 class Store:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cml_runner.sweep import Report
 
 REPORT = ("id", "kind", "place", "reason", "outcome")
-COLUMNS = ("id", "name", "cloud", "region", "states", "jobs", "age", "left")
+COLUMNS = ("id", "name", "cloud", "region", "states", "jobs", "age", "left", "cost")
 
 
 @click.command("list", context_settings=options.SETTINGS)
@@ -31,7 +31,7 @@ def list_(cloud: str, cloud_region: str, output: str) -> None:
     """List what is there, of all clouds or of one."""
     from cml_runner import inventory
 
-    rows = [inventory.row(found) for found in inventory.tasks(cloud, cloud_region)]
+    rows = inventory.rows(inventory.tasks(cloud, cloud_region))
     if output == "json":
         options.echo_json(rows)
     elif rows:
@@ -230,6 +230,7 @@ def _with_times(row: Mapping[str, Any]) -> dict[str, Any]:
         **row,
         "age": times.text(age.total_seconds()),
         "left": times.text(max(0, left.total_seconds())) if left else "for ever",
+        "cost": "" if row["cost"] is None else f"~{row['cost']:.2f} USD",
     }
 
 
@@ -239,7 +240,7 @@ def page(details: Mapping[str, Any]) -> None:
     for key, value in details.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             tables[key] = value
-        elif value != []:
+        elif value not in ([], None):
             click.echo(f"{key:11} {_plain(value)}")
     for key, rows in tables.items():
         click.echo(f"\n{key}")

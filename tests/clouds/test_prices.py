@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
 import pytest
 
+from cml_runner import steps
 from cml_runner.errors import RunnerError
-from cml_runner.model import Machine, Quote
+from cml_runner.model import Bill, Identifier, Machine, Quote, Status, Task
+from cml_runner.store import PRICE, status
 from tests.lab.aws.oracle import PRICES as LISTED
 from tests.lab.azure.retail import PRICES, SPOT
 
@@ -83,3 +86,38 @@ def test_a_launch_that_would_cost_too_much_makes_nothing(
     assert "0.9274 USD an hour" in planned.err
     cli.run(*where, "--max-price", "1", "--no-wait", environment=env)
     assert aws_rig.aws.left() != []
+
+
+def test_what_a_runner_has_cost(cli: Cli, aws_rig: AwsRig, tmp_path: Path) -> None:
+    (tmp_path / "forge").mkdir()
+    where = ("--cloud", "aws", "--cloud-region", "us-west-2")
+    repo, env = (tmp_path / "forge").as_uri(), aws_rig.aws.environment()
+    launched = cli.run("launch", *where, "--repo", repo, "--no-wait", environment=env).json
+    plan = aws_rig.cloud.plan(Task(id=Identifier.parse(launched["id"])))
+    began = datetime.now(timezone.utc) - timedelta(hours=2)
+    plan.bucket.store.save(PRICE, Bill(price=0.5, since=began))
+    (row,) = cli.run("list", *where, "--output", "json", environment=env).json
+    assert (row["pricePerHour"], row["cost"]) == (0.5, pytest.approx(1, abs=0.01))
+    assert cli.run("list", *where, environment=env).out.rstrip().endswith("~1.00 USD")
+    ended = Status(state="ended", at=began + timedelta(hours=1), since=began, runner="one")
+    plan.bucket.store.save(status(0), ended)
+    steps.delete([one for one in plan.resources if one is not plan.bucket])
+    plan.bucket.finish()  # type: ignore[attr-defined]
+    shown = cli.run("show", launched["id"], *where, "--output", "json", environment=env).json
+    assert shown["over"]
+    assert shown["cost"] == pytest.approx(0.5, abs=0.001), "until it was last heard of"
+
+
+def test_one_cloud_with_expired_credentials_hides_no_other(
+    cli: Cli, aws_rig: AwsRig, tmp_path: Path
+) -> None:
+    (tmp_path / "forge").mkdir()
+    local = ("launch", "--repo", (tmp_path / "forge").as_uri(), "--cloud", "local", "--name", "one")
+    cli.run(*local)
+    user = aws_rig.aws.add_user()
+    aws_rig.aws.app.principals[user["id"]].expired = True
+    done = cli.run("list", "--output", "json", environment=aws_rig.aws.environment(user))
+    assert [row["name"] for row in done.json] == ["one"]
+    assert "aws us-west" in done.err
+    assert "expired" in done.err
+    cli.run("destroy", "one")

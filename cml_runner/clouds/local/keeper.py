@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cml_runner.clouds.local.records import Wish
 
 # What stays in the bucket when a task is over.
-RECORD = ("log", "status", "events.jsonl", "result", "resume", "data")
+RECORD = ("log", "status", "price", "events.jsonl", "result", "resume", "data")
 YOUNG = 5  # seconds; a machine that dies earlier than that will do so again
 LONGEST_PAUSE = 60  # seconds before it is tried again
 GLANCE = 0.5  # seconds between two looks at machines whose end nobody tells us

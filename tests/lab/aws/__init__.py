@@ -268,4 +268,4 @@ def _new_keys() -> dict[str, str]:
 
 def _record(key: str) -> bool:
     """Say if it is what may remain of a runner that is over."""
-    return key.rpartition("/")[2].startswith(("log-", "status-", "events"))
+    return key.rpartition("/")[2].startswith(("log-", "status-", "events", "price"))

@@ -187,4 +187,4 @@ def _role(definition: dict[str, Any]) -> Role:
 
 def _record(key: str) -> bool:
     """Say if it is what may remain of a runner that is over."""
-    return key.rpartition("/")[2].startswith(("log-", "status-", "events"))
+    return key.rpartition("/")[2].startswith(("log-", "status-", "events", "price"))

@@ -206,4 +206,4 @@ def _private_key() -> str:
 
 def _record(key: str) -> bool:
     """Say if it is what may remain of a runner that is over."""
-    return key.rpartition("/")[2].startswith(("log-", "status-", "events"))
+    return key.rpartition("/")[2].startswith(("log-", "status-", "events", "price"))
