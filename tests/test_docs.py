@@ -1,7 +1,8 @@
-"""README.md tells all that there is, and nothing that isn't."""
+"""README.md tells all that there is, and neither it nor the pages below tell what isn't."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import asdict
 from functools import cache
@@ -10,13 +11,17 @@ from pathlib import Path
 import click
 import pytest
 
-from cml_runner import errors
+from cml_runner import clouds, errors
 from cml_runner.cli import COMMANDS, cli
 from cml_runner.launch.options import Options
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / ".github" / "docs"
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+
+
+PAGES = ["README.md", *sorted(str(one.relative_to(ROOT)) for one in DOCS.glob("*.md"))]
 
 
 @cache
@@ -36,10 +41,11 @@ def spans(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
 
 
-def invocations() -> list[list[str]]:
+def invocations(page: str) -> list[list[str]]:
     """The words which follow our program's name in every piece of code, line by line."""
-    code = [*FENCED.findall(readme()), *spans(readme())]
-    found = re.findall(r"cml-runner +([a-z-][^\n#&|;]*)", "\n".join(code))
+    text = (ROOT / page).read_text()
+    code = [*FENCED.findall(text), *spans(text)]
+    found = re.findall(r"cml-runner +([a-z-][^\n#&|;>)\"]*)", "\n".join(code))
     return [line.split() for line in found]
 
 
@@ -88,23 +94,51 @@ def test_every_command_and_option_is_in_the_readme(name: str) -> None:
     assert known.issuperset(name.split()) or f"### {name}\n" in readme()
 
 
-def test_every_option_in_the_readme_exists() -> None:
+# Options of other programs, and those of CML and Terraform that aren't ours.
+THEIRS = {
+    *("--query", "--output-file", "--set", "--tunnel-through-iap", "--role", "--member", "--file"),
+    *(
+        "-g",
+        "--project",
+        "--condition",
+        "--scope",
+        "--assignee",
+        "--namespace",
+        "--role-definition",
+    ),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_exists(page: str) -> None:
     existing = {"--help", "--version"}.union(*map(flags, commands()))
+    told = {flag for span in spans((ROOT / page).read_text()) for flag in FLAG.findall(span)}
+    assert sorted(told - existing - (THEIRS if page != "README.md" else set())) == []
+
+
+def test_the_readme_has_most_options() -> None:
     told = {flag for span in spans(readme()) for flag in FLAG.findall(span)}
     assert len(told) > 50
-    assert sorted(told - existing) == []
 
 
-def test_every_command_line_in_the_readme_is_valid() -> None:
-    assert len(invocations()) > 5
-    for words in invocations():
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_line_is_valid(page: str) -> None:
+    for words in invocations(page):
         if words[0] in ("--version", "--help"):
             continue
         name = " ".join(words[:2]) if words[0] == "task" else words[0]
         assert name in commands(), words
         ours = words[: words.index("--")] if "--" in words else words
         given = {word.partition("=")[0] for word in ours if FLAG.match(word)}
-        assert given <= flags(name), words
+        assert given <= flags(name) | {"--help"}, words
+        for flag, value in itertools.pairwise(ours):
+            if flag == "--cloud" and value.isalpha() and value.islower():
+                assert value in (*clouds.NAMES, *clouds.ALIASES), words
+
+
+def test_there_are_command_lines() -> None:
+    assert len(invocations("README.md")) > 5
+    assert sum(len(invocations(page)) for page in PAGES) > 50
 
 
 def test_defaults_are_those_in_the_readme() -> None:
@@ -143,8 +177,21 @@ def test_exit_codes_elsewhere(kind: type[errors.RunnerError]) -> None:
         assert re.search(rf"── {kind.__name__} +{kind.exit_code} ", errors.__doc__ or "")
 
 
-@pytest.mark.parametrize("name", ["README.md", ".github/CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*PAGES, ".github/CONTRIBUTING.md"])
 def test_links_lead_somewhere(name: str) -> None:
     file = ROOT / name
     links = re.findall(r"\]\(([^)#:]+)[^):]*\)", file.read_text())
     assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme_or_a_page_that_is() -> None:
+    seen, left = set(), ["README.md"]
+    while left:
+        page = left.pop()
+        seen.add(page)
+        text = (ROOT / page).read_text()
+        for link in re.findall(r"\]\(([^)#:]+\.md)", text):
+            found = str(((ROOT / page).parent / link).resolve().relative_to(ROOT))
+            if found in PAGES and found not in seen:
+                left.append(found)
+    assert sorted(set(PAGES) - seen) == []
