@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import Cli
 
 ACTIONS = Path(__file__).parent.parent / "actions"
+EXAMPLES = ACTIONS.parent / ".github" / "examples"
 ALSO = {"log", "output"}  # options that say nothing about a runner
 STUBS = {
     "python": f'exec {sys.executable} "$@"\n',
@@ -247,3 +248,16 @@ def test_recovering(job: Job, cli: Cli, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "nothing was interrupted" in done.stderr
     assert parsed(job.output.read_text())["count"] == "0"
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yml")), ids=lambda one: str(one.name))
+def test_examples_name_what_there_is(file: Path) -> None:
+    text = file.read_text()
+    step = r"OWNER/cml-runner/actions/(\w+)@main\n(?:        with:\n((?:          .*\n)+))?"
+    used = re.findall(step, text)
+    for name, given in used:
+        inputs = re.findall(r"^          ([\w-]+):", given, re.MULTILINE)
+        assert set(inputs) <= set(action(name)["inputs"])
+    for line in re.findall(r"cml-runner launch (.*)", text):
+        assert set(re.findall(r"--([a-z-]+)", line)) <= set(options("launch"))
+    assert used or "cml-runner launch " in text
