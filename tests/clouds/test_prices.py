@@ -14,12 +14,14 @@ from cml_runner.model import Bill, Identifier, Machine, Quote, Status, Task
 from cml_runner.store import PRICE, status
 from tests.lab.aws.oracle import PRICES as LISTED
 from tests.lab.azure.retail import PRICES, SPOT
+from tests.lab.gcp import billing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.clouds.aws_rig import AwsRig
     from tests.clouds.azure_rig import AzureRig
+    from tests.clouds.gcp_rig import GcpRig
     from tests.conftest import Cli
 
 SPOT_ACTION = "ec2:DescribeSpotPriceHistory"
@@ -121,3 +123,27 @@ def test_one_cloud_with_expired_credentials_hides_no_other(
     assert "aws us-west" in done.err
     assert "expired" in done.err
     cli.run("destroy", "one")
+
+
+def test_google_cloud(gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(gcp_rig.task(), machine=Machine(types=("n2-standard-8",), spot=True))
+    assert gcp_rig.cloud.quotes(task) == [], "nobody knows without a key"
+    monkeypatch.setenv("GCP_BILLING_API_KEY", billing.KEY)
+    (found,) = gcp_rig.cloud.quotes(task)
+    listed = 8 * 0.031611 + 32 * 0.004237
+    assert found.on_demand == pytest.approx(listed)
+    assert found.price == pytest.approx(listed * billing.SPOT)
+
+
+def test_google_cloud_with_a_gpu(gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCP_BILLING_API_KEY", billing.KEY)
+    task = replace(gcp_rig.task(), machine=Machine(types=("n1-standard-4+nvidia-tesla-t4*1",)))
+    (found,) = gcp_rig.cloud.quotes(task)
+    assert found.price == pytest.approx(4 * 0.031611 + 16 * 0.004237 + 0.35)
+
+
+def test_google_cloud_with_a_wrong_key(gcp_rig: GcpRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCP_BILLING_API_KEY", "wrong")
+    with pytest.raises(RunnerError, match="GCP_BILLING_API_KEY") as caught:
+        gcp_rig.cloud.quotes(gcp_rig.task())
+    assert "wrong" not in str(caught.value)

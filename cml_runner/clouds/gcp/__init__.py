@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cml_runner import bootstrap, clouds, keys, leases, wait, web
-from cml_runner.clouds.gcp import account, catalogue, checks, machine
+from cml_runner.clouds.gcp import account, catalogue, checks, machine, prices
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
     Bucket,
@@ -97,8 +97,9 @@ class Cloud:
         return checks.checks(self._session, task, self._understood)
 
     def quotes(self, task: Task) -> list[Quote]:
-        """Know none: Google's catalogue has prices of parts, for whoever has a key of its own."""
-        return []
+        """Ask the billing catalogue, if there is a key for it."""
+        wanted = self._understood(task).wanted
+        return prices.quotes(self._session, wanted, spot=task.machine.spot)
 
     @staticmethod
     def rank() -> None:

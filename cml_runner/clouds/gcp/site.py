@@ -104,6 +104,11 @@ class Site:
         return catalogue.arch(self._wanted)
 
     @property
+    def wanted(self) -> tuple[catalogue.Type, ...]:
+        """What was asked for, be it to be had or not."""
+        return self._wanted
+
+    @property
     def types(self) -> tuple[catalogue.Type, ...]:
         """Those of the types which can be had somewhere."""
         there = {name for names in self._there.values() for name in names}

@@ -721,4 +721,10 @@ def _described(name: str) -> dict[str, Any]:
         return {"name": name}
     gpu = {"g2": "nvidia-l4"}.get(name.partition("-")[0])
     built = [{"guestAcceleratorType": gpu, "guestAcceleratorCount": 1}] if gpu else []
-    return {"name": name, "guestCpus": int(number), **({"accelerators": built} if built else {})}
+    memory = 4096 * int(number)
+    return {
+        "name": name,
+        "guestCpus": int(number),
+        "memoryMb": memory,
+        **({"accelerators": built} if built else {}),
+    }

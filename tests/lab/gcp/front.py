@@ -10,7 +10,7 @@ from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from tests.lab.gcp import discovery
+from tests.lab.gcp import billing, discovery
 from tests.lab.gcp.compute import PROJECT
 from tests.lab.gcp.discovery import ApiError, Call
 from tests.lab.gcp.iam import OBJECT_USER, RIGHTS
@@ -100,6 +100,11 @@ class Front:
             query[key] = f"{query[key]},{value}" if key in query else value
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         who = self._who(environ.get("HTTP_AUTHORIZATION", ""))
+        if host == billing.HOST:
+            code, content = billing.answer(query, environ.get("HTTP_X_GOOG_API_KEY", ""))
+            length = ("Content-Length", str(len(content)))
+            start(f"{code} X", [("Content-Type", "application/json"), length])
+            return [content]
         if host in (STS, CREDENTIALS):
             return self._log_in(host, path, environ, body, start)
         plain = host == "storage.googleapis.com" and not path.startswith("/storage/v1/")
