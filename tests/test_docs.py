@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -14,6 +19,9 @@ import pytest
 from cml_runner import clouds, errors
 from cml_runner.cli import COMMANDS, cli
 from cml_runner.launch.options import Options
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / ".github" / "docs"
@@ -195,3 +203,50 @@ def test_every_page_is_linked_from_the_readme_or_a_page_that_is() -> None:
             if found in PAGES and found not in seen:
                 left.append(found)
     assert sorted(set(PAGES) - seen) == []
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The commands of a page, each block with the mark above it, or none."""
+    text = (ROOT / page).read_text()
+    found = re.findall(
+        r"(?:^<!-- ([^\n]*) -->\n)?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    )
+    return [(mark, lines) for mark, lines in found if "cml-runner" in lines]
+
+
+RUN = [lines for page in PAGES for mark, lines in blocks(page) if not mark]
+MAIN = """\
+resource "iterative_task" "train" {
+  cloud = "aws"
+  machine = "m"
+  script = "#!/bin/sh\\ntrue"
+}
+"""
+
+
+def test_what_is_not_run_here_needs_an_account_or_is_run_by_ci() -> None:
+    marks = {mark for page in PAGES for mark, _ in blocks(page)}
+    assert marks == {"", "demo", "needs an account"}
+    assert len(RUN) > 1
+
+
+@pytest.mark.parametrize("lines", RUN)
+def test_commands_that_need_no_account(home: Path, cli: Cli, tmp_path: Path, lines: str) -> None:
+    assert home
+    program = tmp_path / "bin" / "cml-runner"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m cml_runner "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "main.tf").write_text(MAIN)
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", lines.replace("/tmp/", f"{tmp_path}/tmp/")],
+        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(cli.run("list", "--output", "json").out) == []
