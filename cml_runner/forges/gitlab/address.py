@@ -73,5 +73,5 @@ def detect(text: str, environment: Mapping[str, str]) -> str:
 
 
 def _plain(path: str) -> str:
-    """Leave out what a browser adds to a path."""
-    return path.removeprefix("groups/").partition("/-/")[0]
+    """Leave out what a browser adds to the path of a group, and of a pipeline."""
+    return re.sub(r"/-/pipelines/\d+$", "", path.removeprefix("groups/"))
