@@ -20,6 +20,7 @@ from cml_runner.errors import (
     RunnerError,
 )
 from cml_runner.forges import local
+from cml_runner.forges.local import agent
 from cml_runner.model import (
     Credential,
     Exited,
@@ -51,8 +52,8 @@ def run(tmp_path: Path, start: Callable[..., Started]) -> Callable[..., Started]
     """Start the agent of a registration."""
 
     def one(registration: Registration, prefix: tuple[str, ...] = ()) -> Started:
-        agent = local.Agent()
-        return start(agent, agent.command(tmp_path / registration.name, registration), prefix)
+        its = local.Agent()
+        return start(its, its.command(tmp_path / registration.name, registration), prefix)
 
     return one
 
@@ -97,7 +98,7 @@ def ended(forge: local.Forge, name: str) -> local.JobState:
 
     def finished() -> list[local.JobState]:
         return [
-            each for each in forge.jobs() if each.job.name == name and each.state in local.RESULTS
+            each for each in forge.jobs() if each.job.name == name and each.state in agent.RESULTS
         ]
 
     return until(finished, name, 30, 0.02)[0]
@@ -502,14 +503,14 @@ def test_a_wrong_secret(forge: local.Forge, run: Callable[..., Started]) -> None
     old = register(forge)
     register(forge)
     started = run(old)
-    assert started.ended() == local.REFUSED
+    assert started.ended() == agent.REFUSED
     assert "LOCAL_FORGE_SECRET" in started.wait(Troubled).message
 
 
 def test_a_second_agent(forge: local.Forge, run: Callable[..., Started], tmp_path: Path) -> None:
     registration = register(forge)
     run(registration).wait(Ready)
-    assert run(registration).ended() == local.TRY_AGAIN
+    assert run(registration).ended() == agent.TRY_AGAIN
     with pytest.raises(AlreadyExists):
         forge.connect("one", registration.secret)
 
@@ -524,7 +525,7 @@ def test_a_deleted_registration(forge: local.Forge, run: Callable[..., Started],
         started = run(registration)
         started.wait(Ready)
         forge.unregister(forge.runners()[0])
-    assert started.ended() == local.DELETED
+    assert started.ended() == agent.DELETED
     assert "registration has been deleted" in started.wait(Troubled).message
     assert forge.runners() == []
 
@@ -539,7 +540,7 @@ def test_the_directory_goes(forge: local.Forge, run: Callable[..., Started], whe
         started = run(registration)
         started.wait(Ready)
         forge.root.rename(forge.root.with_name("gone"))
-    assert started.ended() == local.REFUSED
+    assert started.ended() == agent.REFUSED
     assert "no directory" in started.wait(Troubled).message
     assert not forge.root.exists()
 
@@ -547,7 +548,7 @@ def test_the_directory_goes(forge: local.Forge, run: Callable[..., Started], whe
 def test_how_to_start_it() -> None:
     command = local.Agent().command(Path.cwd(), _registration()).arguments[:-1]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == local.REFUSED
+    assert found.returncode == agent.REFUSED
     assert "usage" in found.stdout
 
 

@@ -28,17 +28,14 @@ import os
 import re
 import secrets
 import shutil
-import signal
-import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Literal, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import msgspec
 
-from cml_runner import __version__, checkup
+from cml_runner import checkup
 from cml_runner.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -47,38 +44,32 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
+from cml_runner.forges.local.address import path
+from cml_runner.forges.local.agent import RESULTS, SECRET, Agent
 from cml_runner.model import (
     Check,
-    Command,
-    Event,
-    Exited,
     Interruption,
     Job,
-    JobEnded,
-    JobStarted,
-    Ready,
     Registration,
     Runner,
-    Troubled,
     stands_for,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
+    from pathlib import Path
 
     from cml_runner.model import Credential, Package
+
+__all__ = ["Agent", "Forge"]
 
 Progress = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 PLACES = ("queued", "running", "done")
-RESULTS = ("succeeded", "failed", "cancelled")
 LOST = "lost with its runner"  # a result, too, that counts as failed …
 INTERRUPTED = "interrupted"  # … as does this
 JOB = re.compile(r"/(queued|running|done)/([^/]+)/?$")  # the end of its address
-SECRET = "LOCAL_FORGE_SECRET"  # noqa: S105 - the variable's name
-STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
-ENDED, REFUSED, TRY_AGAIN, DELETED = 0, 1, 2, 7  # exit codes of the agent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +114,7 @@ class Forge:
         if group:
             msg = "the local forge has no runner groups: leave the group out"
             raise ConfigurationError(msg)
-        self.root = _path(url)
+        self.root = path(url)
 
     @property
     def url(self) -> str:
@@ -456,17 +447,6 @@ class Forge:
         return NotFound(f"there is no directory {self.root}: make it first, it may be empty")
 
 
-def _path(url: str) -> Path:
-    if not url.startswith("file:") and "://" not in url and url:
-        return Path(url).absolute()
-    parts = urlsplit(url)
-    path = Path(unquote(parts.path))
-    if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or not path.is_absolute():
-        msg = f"{url!r} is no directory: write file:///an/absolute/path"
-        raise ConfigurationError(msg)
-    return path
-
-
 def _number(job: str) -> int:
     match = re.match(r"(\d{4,})-", job)
     return int(match[1]) if match else 0
@@ -503,80 +483,3 @@ def _replace(file: Path, content: bytes) -> None:
 
 def _sha256(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-class Agent:
-    """The program in __main__.py, as the supervisor sees it."""
-
-    def install(self, directory: Path, packages: Sequence[Package]) -> str:
-        """Do nothing: it is installed with us, and of our version."""
-        del directory, packages
-        return __version__
-
-    def programs(self) -> Mapping[str, str]:
-        """Name nothing."""
-        return {}
-
-    def command(
-        self,
-        directory: Path,
-        registration: Registration,
-        *,
-        volumes: Sequence[str] = (),
-        idle_timeout: float = 0,
-    ) -> Command:
-        """Say how to start it; jobs work in directories of their own below this one."""
-        del volumes, idle_timeout
-        directory.mkdir(parents=True, exist_ok=True)
-        root = str(Forge(registration.url).root)
-        return Command(
-            arguments=(sys.executable, "-m", "cml_runner.forges.local", root, registration.name),
-            environment={SECRET: registration.secret},
-            directory=directory,
-        )
-
-    def parse(self, line: str) -> Event | None:
-        """Understand one line. Names in it are JSON, so that they can't pretend to be a line."""
-        match = re.fullmatch(rf"{STAMP} agent: (.+)", line.rstrip("\n"))
-        said = match[1] if match else ""
-        if said == "listening for jobs":
-            return Ready()
-        if match := re.fullmatch(r"running job (\{.+\})", said):
-            with suppress(msgspec.MsgspecError):
-                return JobStarted(job=msgspec.json.decode(match[1], type=Job))
-        if match := re.fullmatch(rf'job ".+" ended: ({"|".join(RESULTS)})', said):
-            return JobEnded(succeeded=match[1] == "succeeded")
-        if match := re.fullmatch("trouble: (.+)", said):
-            return Troubled(message=match[1])
-        return None
-
-    def job(self, directory: Path, seen: Job) -> Job:
-        """Add nothing: its output says it all."""
-        del directory
-        return seen
-
-    def exited(self, code: int) -> Exited:
-        """Say what its exit code means; one that was killed may be started again."""
-        reasons = {
-            REFUSED: "it could not start: the directory is gone, or the secret is wrong",
-            TRY_AGAIN: "the directory could not be used for now",
-            DELETED: "the registration has been deleted",
-        }
-        reason = f"killed by signal {-code}" if code < 0 else reasons.get(code, "")
-        return Exited(code=code, reason=reason, again=code == TRY_AGAIN or code < 0)
-
-    def abort(self, pid: int, reason: str = "") -> None:
-        """Make the running job fail at once."""
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR2 if reason else signal.SIGUSR1)
-
-    def drain(self, pid: int) -> None:
-        """Do nothing: it has no way to be told."""
-
-    def stop(self, pid: int) -> None:
-        """Ask it to end; a running job is cancelled."""
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-
-    def leave(self, registration: Registration) -> None:
-        """Do nothing: what was for one job is gone with it."""

@@ -27,15 +27,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import psutil
 
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
-from cml_runner.forges.local import (
-    DELETED,
-    ENDED,
-    INTERRUPTED,
-    REFUSED,
-    SECRET,
-    TRY_AGAIN,
-    Forge,
-)
+from cml_runner.forges.local import INTERRUPTED, Forge
+from cml_runner.forges.local.agent import DELETED, ENDED, REFUSED, SECRET, TRY_AGAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
