@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.lab
 
 PATIENCE = 90  # seconds; a cluster lets ten go by before it replaces a pod
+COLLECTED = 180  # seconds: the garbage collector of a young cluster takes its time
 LONG = "echo first half\nsleep 8\necho second half"
 SIZE = ("--cloud-type", "0.5-500", "--cloud-image", "lab.example/system:1")
 
@@ -93,7 +94,7 @@ def test_evicted_in_the_middle_of_a_job(town: Town) -> None:
     assert "idle for 5 s" in done.stdout, done.stderr
     done = town.cli("destroy", found["id"], "--cloud", "kubernetes")
     assert done.returncode == 0, done.stderr
-    wait(town, lambda: not town.left(), "the end of all")
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_a_pod_that_is_killed_is_replaced_and_its_job_run_again(town: Town) -> None:
@@ -188,7 +189,7 @@ def test_a_launch_that_fails_says_why_and_leaves_nothing(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert time.monotonic() - start < 30
-    wait(town, lambda: not town.left(), "the end of all", 30)
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_a_quota_is_the_reason(town: Town) -> None:
@@ -198,7 +199,7 @@ def test_a_quota_is_the_reason(town: Town) -> None:
     done = town.cli("launch", *where)
     assert done.returncode == 6, done.stderr
     assert "exceeded quota" in done.stderr
-    wait(town, lambda: not town.left(), "the end of all", 30)
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_whoever_may_not_do_something_hears_what(town: Town, verb: str) -> None:
     assert done.returncode == 3, done.stderr
     assert verb.split()[1] in done.stderr
     assert "cml-runner permissions kubernetes" in done.stderr
-    wait(town, lambda: not town.left(), "the end of all", 30)
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
     done = town.cli("setup", "kubernetes")
     assert done.returncode == 3
     assert verb in done.stderr
@@ -224,7 +225,7 @@ def test_the_namespace_is_deleted_under_us(town: Town) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 4, err
     assert "gone" in err or "is being deleted" in err
-    wait(town, lambda: not town.left(), "the end of all", 30)
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_the_server_is_gone_for_a_while(town: Town) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.aws import AWS, REGION
 from tests.lab.pod_identity import Identities
-from tests.lab.test_kubernetes_scenes import PATIENCE, logs, wait
+from tests.lab.test_kubernetes_scenes import COLLECTED, PATIENCE, logs, wait
 
 if TYPE_CHECKING:
     import subprocess
@@ -122,7 +122,7 @@ def test_evicted_in_the_middle(town: Town, workdir: Path) -> None:
     assert len(re.findall(r"begin at \d+, epoch \d", both)) == 2
     ask(town, "destroy")
     whole(workdir)
-    wait(town, lambda: not town.left(), "the end of all")
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_results_outlive_the_pods_and_come_down_elsewhere(
@@ -148,7 +148,7 @@ def test_results_outlive_the_pods_and_come_down_elsewhere(
     for rank in range(2):
         assert (elsewhere / "out" / str(rank) / "me").read_text() == f"{rank} of 2\n"
     assert not (elsewhere / "script").exists()
-    wait(town, lambda: not town.left(), "the end of all")
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_stopped_and_started(town: Town, workdir: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_stopped_and_started(town: Town, workdir: Path, tmp_path: Path) -> None:
     assert done.returncode == 3, done.stderr + logs(town)
     ask(town, "destroy")
     whole(workdir)
-    wait(town, lambda: not town.left(), "the end of all")
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_a_claim_that_nobody_meets_leaves_nothing(town: Town, workdir: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_claim_that_nobody_meets_leaves_nothing(town: Town, workdir: Path) -> 
     done = town.cli(*command, "--image", "images.lab.example/nothing:1", "--", "true")
     assert done.returncode != 0
     assert "nothing:1" in done.stderr
-    wait(town, lambda: not town.left(), "the end of all", 30)
+    wait(town, lambda: not town.left(), "the end of all", COLLECTED)
 
 
 def test_data_in_a_bucket_that_pods_may_use(town: Town, workdir: Path) -> None:
@@ -208,4 +208,4 @@ def test_data_in_a_bucket_that_pods_may_use(town: Town, workdir: Path) -> None:
         ask(town, "destroy", environment=own)
         whole(workdir)
         assert "Contents" not in client.list_objects_v2(Bucket="theirs")
-        wait(town, lambda: not town.left(), "the end of all")
+        wait(town, lambda: not town.left(), "the end of all", COLLECTED)
