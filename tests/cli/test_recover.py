@@ -12,7 +12,7 @@ from cml_runner.model import Interruption, Job
 from tests.worlds import Local, OnGitHub, wait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from tests.conftest import Cli
@@ -36,6 +36,12 @@ def address(world: Local | OnGitHub, name: str) -> str:
     return f"{world.repo}/done/{job.id}"
 
 
+def own_token(world: OnGitHub, **more: str) -> Mapping[str, str]:
+    """Have the token of a workflow's own job."""
+    token = world.github.add_workflow_token("acme/model", actions="write", **more)
+    return {**world.environment, "REPO_TOKEN": token}
+
+
 def test_a_machine_without_a_credential(cli: Cli, world: Local | OnGitHub, tmp_path: Path) -> None:
     flag, env = tmp_path / "flag", world.environment
     world.submit("train", WAIT.format(flag=flag))
@@ -48,10 +54,14 @@ def test_a_machine_without_a_credential(cli: Cli, world: Local | OnGitHub, tmp_p
     told = cli.run("recover", run, "--dry-run", "--output", "json", environment=env).json
     assert [(one["name"], one["state"]) for one in told["jobs"]] == [("train", "interrupted")]
     assert world.job("train").attempt == 1
+    if isinstance(world, OnGitHub):
+        env = own_token(world, checks="read")
+        blind = cli.run("recover", run, environment=own_token(world), code=3)
+        assert "checks: read" in blind.err, "who can't see what was interrupted is told so"
     told = cli.run("recover", run, "--output", "json", environment=env).json
     assert (told["count"], told["jobs"][0]["state"]) == (1, "queued")
     flag.touch()
-    cli.run(*single, environment=env)
+    cli.run(*single, environment=world.environment)
     wait(lambda: world.job("train").state == "succeeded", "its good end")
     assert world.job("train").attempt == 2
     again = cli.run("recover", run, environment=env)

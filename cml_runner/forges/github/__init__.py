@@ -301,7 +301,9 @@ class Forge:
         if not job.ended or datetime.now(timezone.utc) - job.ended > LATELY:
             return False  # this name had another life then
         checks = f"{self._address.prefix}/check-runs"  # a job is a check
-        return interruptions.is_cut_off(self._api, checks, job.id, lost=True)
+        with suppress(CredentialsError, NotFound):  # some tokens may read jobs, but no checks
+            return interruptions.is_cut_off(self._api, checks, job.id, lost=True)
+        return False
 
     # The runner program
 

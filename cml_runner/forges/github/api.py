@@ -51,6 +51,10 @@ NEEDS = {
         " with the organization permission Self-hosted runners: write"
     ),
     "enterprise": "a classic token with the scope manage_runners:enterprise",
+    "checks": (
+        "a classic token with the scope repo, a workflow's own token with checks: read, or a"
+        " GitHub App with the repository permission Checks: read"
+    ),
     "job": (
         "a classic token with the scope repo, or a fine-grained token or a GitHub App"
         " with the repository permission Actions: write"

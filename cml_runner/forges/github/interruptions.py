@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cml_runner.errors import ConfigurationError, CredentialsError, JobRunning, NotFound
+from cml_runner.errors import ConfigurationError, JobRunning
 from cml_runner.forges.github import answers
 from cml_runner.model import Interruption, Job
 
@@ -86,12 +86,13 @@ def jobs(api: Api, root: str, attempt: int) -> list[answers.Job]:
 
 
 def is_cut_off(api: Api, checks: str, job: int, *, lost: bool) -> bool:
-    """Say if we wrote beside a job that it was interrupted or, if `lost` counts, GitHub did."""
+    """Say if we wrote beside a job that it was interrupted or, if `lost` counts, GitHub did.
+
+    Raises CredentialsError or NotFound for a token that may read jobs, but no checks.
+    """
     words = (INTERRUPTED, LOST) if lost else (INTERRUPTED,)
-    with suppress(CredentialsError, NotFound):  # some tokens may read jobs, but no checks
-        notes = api.ask("GET", f"{checks}/{job}/annotations", list[answers.Annotation])
-        return any(word in (one.message or "") for one in notes for word in words)
-    return False
+    notes = api.ask("GET", f"{checks}/{job}/annotations", list[answers.Annotation], needs="checks")
+    return any(word in (one.message or "") for one in notes for word in words)
 
 
 def _begun(job: answers.Job, every: Sequence[answers.Job]) -> int:
