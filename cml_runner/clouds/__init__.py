@@ -7,6 +7,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from cml_runner.errors import NotFound
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
@@ -226,6 +228,19 @@ def named(text: str) -> str:
 def machines_need(name: str) -> str:
     """Name the extra of our package that the named cloud's machines need."""
     return str(import_module(f"{__name__}.{name}").Cloud.extra) if name in NAMES else ""
+
+
+def running(instances: Iterable[Instance], wanted: str, group: str, what: str = "machine") -> str:
+    """Name the one of a group's instances that is wanted, or its first, if that one runs.
+
+    Raises NotFound.
+    """
+    there = [one.id for one in instances if one.status == "running"]
+    name = wanted or next(iter(there), "")
+    if name not in there:
+        msg = f"{group} has no running {what} {name}".rstrip()
+        raise NotFound(msg)
+    return name
 
 
 def load(name: str, region: str) -> Cloud:

@@ -6,12 +6,12 @@ import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
-from cml_runner import wait
+from cml_runner import clouds, wait
 from cml_runner.clouds.aws import session as sessions
 from cml_runner.clouds.aws import shell
 from cml_runner.clouds.aws.machine import INTERRUPT
@@ -27,7 +27,8 @@ from cml_runner.errors import (
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.aws.resources import Bucket
@@ -160,11 +161,9 @@ class Group:
         )
         raise ConfigurationError(msg)
 
-    @contextmanager
-    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+    def shell(self, instance: str, command: Sequence[str]) -> AbstractContextManager[Program]:
         """Begin a session of Session Manager, which needs neither a port nor a key."""
-        with shell.opened(self.session, self._running(instance), command) as program:
-            yield program
+        return shell.opened(self.session, self._running(instance), command)
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""
@@ -188,13 +187,7 @@ class Group:
             )
 
     def _running(self, instance: str) -> str:
-        """Name a machine that runs; without a name, the first. Raises NotFound."""
-        running = [one.id for one in self.instances() if one.status == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.name} has no running machine {name}".rstrip()
-            raise NotFound(msg)
-        return name
+        return clouds.running(self.instances(), instance, self.name)
 
     @property
     def session(self) -> Session:

@@ -6,10 +6,10 @@ import logging
 import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cml_runner import wait
 from cml_runner.clouds.azure import arm, autoscale, states, virtual
@@ -26,9 +26,9 @@ from cml_runner.errors import (
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from cml_runner.clouds import Resource, Shell
+    from cml_runner.clouds import Resource
     from cml_runner.clouds.azure.resources import Bucket
     from cml_runner.clouds.azure.session import Operation, Session
     from cml_runner.clouds.azure.site import Site
@@ -146,8 +146,7 @@ class Group:
         where = (MACHINES, "simulate_eviction", self.bucket.place.group)
         self.session.call("compute", *where, name)
 
-    @contextmanager
-    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Shell]:
+    def shell(self, instance: str, command: Sequence[str]) -> NoReturn:
         """Refuse, and say how Azure's own program does it.
 
         A rule of the security group would outlive a process that dies, and it is all machines'.
@@ -165,7 +164,6 @@ class Group:
             " --auth-type ssh-key --username azureuser --ssh-key KEY"
         )
         raise ConfigurationError(msg)
-        yield
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,8 @@ from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound, Runne
 from cml_runner.model import Happening, Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.gcp.resources import Bucket, Template
@@ -140,12 +141,10 @@ class Group:
         where = {"instance": found.name, "zone": _zone(found)}
         self.session.begin("Instances", "simulate_maintenance_event", **where)
 
-    @contextmanager
-    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+    def shell(self, instance: str, command: Sequence[str]) -> AbstractContextManager[Program]:
         """Let Google's proxy in to the machine meanwhile, with a key made for the occasion."""
         number = str(self._running(instance).id)
-        with shell.opened(self.session, lambda: self._running(number), command) as program:
-            yield program
+        return shell.opened(self.session, lambda: self._running(number), command)
 
     def console(self) -> str:
         """Ask for one console after the other, until one has anything written on it."""

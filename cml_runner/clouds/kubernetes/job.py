@@ -6,13 +6,13 @@ import json
 import math
 import re
 import secrets
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import wait
+from cml_runner import clouds, wait
 from cml_runner.clouds.kubernetes import pod
 from cml_runner.clouds.kubernetes.pod import keeps, over
 from cml_runner.clouds.kubernetes.shell import Shell
@@ -21,7 +21,8 @@ from cml_runner.errors import AlreadyExists, NotFound
 from cml_runner.model import Happening, Identifier, Instance, Lease
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from cml_runner.clouds import Resource
     from cml_runner.clouds.kubernetes.session import Session
@@ -227,10 +228,9 @@ class Group:
         """Evict a pod: that is in earnest, whoever asks for it."""
         self.interrupt(instance, pod.GRACE)
 
-    @contextmanager
-    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Shell]:
+    def shell(self, instance: str, command: Sequence[str]) -> AbstractContextManager[Shell]:
         """Run it in the pod; nothing has to be opened for that."""
-        yield Shell(self.job.session, self._running(instance), command)
+        return nullcontext(Shell(self.job.session, self._running(instance), command))
 
     def console(self) -> str:
         """Return the log of the pod that ended last or, if none has, of the youngest."""
@@ -241,13 +241,7 @@ class Group:
         return self.job.store.said(chosen) if chosen else ""
 
     def _running(self, instance: str) -> str:
-        """Name a pod that runs; without a name, the first. Raises NotFound."""
-        running = [one.id for one in self.instances() if one.status == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.job.name} has no running pod {name}".rstrip()
-            raise NotFound(msg)
-        return name
+        return clouds.running(self.instances(), instance, self.job.name, "pod")
 
     def _check(self) -> None:
         """See if the Job can have pods. Raises NotFound.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import psutil
 
+from cml_runner import clouds
 from cml_runner.clouds.local import files, processes, records
 from cml_runner.clouds.local.keeper import Keeper, wake
 from cml_runner.clouds.local.machine import environment
@@ -25,7 +26,8 @@ from cml_runner.store import Store
 from cml_runner.terminal import Program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime
     from pathlib import Path
 
@@ -225,14 +227,13 @@ class Group:
         """Write the notice that machines have here in earnest, too."""
         self.interrupt(instance, NOTICE)
 
-    @contextmanager
-    def shell(self, instance: str, command: Sequence[str]) -> Iterator[Program]:
+    def shell(self, instance: str, command: Sequence[str]) -> AbstractContextManager[Program]:
         """Run it as a part of the machine: in its directory, and it ends with the machine."""
         directory = self.directory / "machines" / self._running(instance)
         variables = {**environment(), processes.VARIABLE: str(directory)}
         variables["TERM"] = os.environ.get("TERM", "dumb")
         arguments = tuple(command) or (os.environ.get("SHELL") or "/bin/sh",)
-        yield Program(arguments, variables, directory, alone=True)
+        return nullcontext(Program(arguments, variables, directory, alone=True))
 
     @files.translated()
     def console(self) -> str:
@@ -247,13 +248,7 @@ class Group:
         return (newest / "console.log").read_text(errors="replace") if newest else ""
 
     def _running(self, instance: str) -> str:
-        """Name a machine that runs; without a name, the first. Raises NotFound."""
-        running = [one.id for one in self.instances() if one.status == "running"]
-        name = instance or next(iter(running), "")
-        if name not in running:
-            msg = f"{self.directory.name} has no running machine {name}".rstrip()
-            raise NotFound(msg)
-        return name
+        return clouds.running(self.instances(), instance, self.directory.name)
 
     @property
     def _missing(self) -> NotFound:
