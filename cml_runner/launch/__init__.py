@@ -22,7 +22,7 @@ from cml_runner.errors import (
 )
 from cml_runner.launch import prices, readiness
 from cml_runner.launch.prices import Beside, Price
-from cml_runner.model import Bill, Settings, Task
+from cml_runner.model import Settings, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -223,9 +223,7 @@ def _in_region(
             asking = _ask_beside(launched, region)
             readiness.wait(order, found, forge, tell)
             launched.price = asking.price
-            if launched.price.now:
-                bill = Bill(price=launched.price.now, since=launched.began)
-                found.bucket.store.save(store.PRICE, bill)
+            prices.record(launched.price, launched.began, found.bucket.store)
 
 
 def _ask_beside(launched: Launch, region: str) -> Beside:

@@ -7,10 +7,13 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cml_runner import store
 from cml_runner.errors import NoCapacity, RunnerError
+from cml_runner.model import Bill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
 
     from cml_runner.model import Quote
 
@@ -74,6 +77,16 @@ class Beside(threading.Thread):
             self.price = self._ask()
         except RunnerError as error:
             log.debug("the price isn't known: %s", error)
+
+
+def record(price: Price, since: datetime, bucket: store.Store) -> None:
+    """Write down what it costs, for those who list it; no launch fails for want of that."""
+    if not price.now:
+        return
+    try:
+        bucket.save(store.PRICE, Bill(price=price.now, since=since))
+    except RunnerError as error:
+        log.warning("nobody will be told what it costs: %s", error)
 
 
 def _sum(prices: Sequence[float | None], count: int) -> float | None:

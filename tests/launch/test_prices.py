@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from cml_runner.errors import NoCapacity, RunnerError
 from cml_runner.launch import prices
 from cml_runner.launch.prices import Beside, Price
-from cml_runner.model import Quote
+from cml_runner.model import Bill, Quote
+from cml_runner.store import PRICE, Store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +54,19 @@ def test_nothing_fails_for_want_of_a_price() -> None:
     asking.start()
     asking.join()
     assert asking.price == Price()
+
+
+def test_a_launch_goes_on_though_its_price_cannot_be_written_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    since = datetime.now(timezone.utc)
+    good, bad = Store(tmp_path.as_uri()), Store((tmp_path / "gone").as_uri())
+    prices.record(Price(), since, bad)
+    assert not caplog.text
+    prices.record(Price(0.5), since, bad)
+    assert "nobody will be told what it costs" in caplog.text
+    prices.record(Price(0.5), since, good)
+    assert good.load(PRICE, Bill) == Bill(price=0.5, since=since)
 
 
 def test_what_makes_no_sense(cli: Cli, tmp_path: Path) -> None:
