@@ -16,6 +16,7 @@ from cml_runner.errors import ConfigurationError
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 LONGEST_NAME = 28  # 50 in all, less "cml--" and two times eight digits, as TPI has it
+OLDER = "tpi"  # prefix of the identifiers that TPI gave
 TIMES = 3  # an interrupted job is run again at most, however often that happens
 
 

@@ -19,7 +19,7 @@ from cml_runner.errors import (
     RunnerError,
 )
 from cml_runner.launch import USER
-from cml_runner.model import Machine, Program, Script, Settings, Task, names
+from cml_runner.model import OLDER, Machine, Program, Script, Settings, Task, names
 from cml_runner.task import files, older
 from cml_runner.task.follow import Follow, results, statuses
 from cml_runner.task.view import parallelism
@@ -88,7 +88,7 @@ def give_up(plan: Plan, count: int) -> None:
 
 def find(text: str, cloud: str = "", region: str = "") -> Found:
     """Find a task by its identifier or name. Raises NotFound, also for what is a runner."""
-    if text.startswith(f"{older.PREFIX}-"):
+    if text.startswith(f"{OLDER}-"):
         for one in older.tasks(cloud, region):
             if str(one.id) == text:
                 return one

@@ -31,7 +31,7 @@ from cml_runner.clouds.aws.resources import (
 from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
 from cml_runner.errors import ConfigurationError, RunnerError
-from cml_runner.model import Identifier, Task
+from cml_runner.model import OLDER, Identifier, Task
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Cloud:
         wait.insist(bucket.finish)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
-        if task.id.prefix == older.PREFIX:
+        if task.id.prefix == OLDER:
             return older.plan(self._session, task)
         bucket = Bucket(task, self._session, site)
         settings = leases.Settings(bucket)

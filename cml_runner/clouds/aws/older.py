@@ -16,7 +16,7 @@ from cml_runner import clouds
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import Bucket, KeyPair, LaunchTemplate
 from cml_runner.errors import ConfigurationError, CredentialsError, NotFound
-from cml_runner.model import Identifier, Lease
+from cml_runner.model import OLDER, Identifier, Lease
 from cml_runner.store import Store
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PREFIX = "tpi"
 OLDEST = "us-east-1"  # which has no name where buckets are
 
 
@@ -36,7 +35,7 @@ def tasks(session: Session) -> list[Lease]:
     What a bucket's name must be is so strict that nobody else's is taken for one.
     """
     try:
-        listed = session.call("s3", "list_buckets", Prefix=f"{PREFIX}-")["Buckets"]
+        listed = session.call("s3", "list_buckets", Prefix=f"{OLDER}-")["Buckets"]
     except CredentialsError as error:
         log.debug("tasks of terraform-provider-iterative aren't listed: %s", error)
         return []
@@ -44,7 +43,7 @@ def tasks(session: Session) -> list[Lease]:
     for one in listed:
         with suppress(ConfigurationError, NotFound, CredentialsError):
             identifier = Identifier.parse(one["Name"])
-            if identifier.prefix == PREFIX and _region(session, one["Name"]) == session.region:
+            if identifier.prefix == OLDER and _region(session, one["Name"]) == session.region:
                 tags = {"kind": "task", "name": identifier.name, "count": "1"}
                 found.append(
                     Lease(id=identifier, created=one["CreationDate"], tags=tags, keeps=True)
