@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from cml_runner import access, checkup, clouds
+from cml_runner import access, checkup, clouds, inventory
 from cml_runner.errors import (
     ConfigurationError,
     CredentialsError,
@@ -81,25 +82,16 @@ def _forge(options: Options, environment: Mapping[str, str]) -> list[Place]:
 
 def _clouds(options: Options) -> list[Place]:
     """Name the places; a region that only some clouds have is looked at on those."""
-    names = [options.cloud] if options.cloud else list(clouds.NAMES)
-    found: list[Place] = []
-    mistakes: list[str] = []
-    for name in names:
-        task = _task(options, name)
-        for region in reading.regions(options):
-            try:
-                cloud = clouds.load(name, region)
-            except ConfigurationError as error:
-                mistakes += error.mistakes
-                continue
-            found.append(_place(name, region, cloud, task, asked=bool(options.cloud)))
-    if not found:
-        raise ConfigurationError(*mistakes)
-    return found
-
-
-def _place(name: str, region: str, cloud: clouds.Cloud, task: Task, *, asked: bool) -> Place:
-    return Place(f"{name} {region}", asked, lambda: cloud.checks(task))
+    names = [options.cloud] if options.cloud else clouds.NAMES
+    tasks = {name: _task(options, name) for name in names}
+    return [
+        Place(
+            f"{one.name} {one.region}",
+            bool(options.cloud),
+            partial(one.cloud.checks, tasks[one.name]),
+        )
+        for one in inventory.having(names, reading.regions(options))
+    ]
 
 
 def _task(options: Options, cloud: str) -> Task:

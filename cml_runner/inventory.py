@@ -89,17 +89,45 @@ def places(cloud: str, region: str) -> list[Place]:
     if cloud and cloud not in clouds.NAMES:
         msg = f"--cloud {cloud}: choose one of {', '.join(clouds.NAMES)}"
         raise ConfigurationError(msg)
+    return having([cloud] if cloud else clouds.NAMES, [region] if region else clouds.REGIONS)
+
+
+def having(names: Sequence[str], regions: Sequence[str]) -> list[Place]:
+    """Name the regions which the named clouds have; ConfigurationError if none has any."""
     found: list[Place] = []
     mistakes: list[str] = []
-    for name in [cloud] if cloud else clouds.NAMES:
-        for one in [region] if region else clouds.REGIONS:
+    for name in names:
+        for region in regions:
             try:
-                found.append(Place(name, one, clouds.load(name, one)))
+                found.append(Place(name, region, clouds.load(name, region)))
             except ConfigurationError as error:
                 mistakes += error.mistakes
-    if not found:  # not one of the clouds has such a region
+    if not found:
         raise ConfigurationError(*mistakes)
     return found
+
+
+def scan(
+    cloud: str, region: str, ask: Callable[[Cloud], list[Lease]]
+) -> tuple[list[Found], list[tuple[Place, RunnerError]]]:
+    """Ask everywhere at the same time; return what is there, oldest first, and what failed where.
+
+    What a failure means is for the caller to say: none hides what other places answer.
+    """
+
+    def answer(place: Place) -> list[Lease] | RunnerError:
+        try:
+            return ask(place.cloud)
+        except RunnerError as error:
+            return error
+
+    asked = places(cloud, region)
+    with ThreadPoolExecutor() as pool:
+        answers = list(zip(asked, pool.map(answer, asked), strict=True))
+    failures = [(place, one) for place, one in answers if isinstance(one, RunnerError)]
+    there = [(lease, place) for place, one in answers if isinstance(one, list) for lease in one]
+    order = sorted(there, key=lambda one: one[0].created)
+    return [Found(lease.id, place, lease) for lease, place in order], failures
 
 
 def tasks(cloud: str = "", region: str = "") -> list[Found]:
@@ -107,23 +135,14 @@ def tasks(cloud: str = "", region: str = "") -> list[Found]:
 
     Of all clouds, those without credentials are passed over; one that fails hides no other.
     """
-    asked = places(cloud, region)
-
-    def ask(place: Place) -> list[Found]:
-        try:
-            return [Found(lease.id, place, lease) for lease in place.cloud.tasks()]
-        except (NoCredentials, MissingDependency):
-            if cloud:
-                raise
-        except RunnerError as error:
-            if cloud and (region or isinstance(error, CredentialsError)):
-                raise
+    found, failures = scan(cloud, region, lambda one: one.tasks())
+    for place, error in failures:
+        absent = isinstance(error, NoCredentials | MissingDependency)
+        if cloud and (region or absent or isinstance(error, CredentialsError)):
+            raise error
+        if not absent:
             log.warning("%s %s: %s", place.name, place.region, error)
-        return []
-
-    with ThreadPoolExecutor() as pool:
-        found = [one for several in pool.map(ask, asked) for one in several]
-    return sorted(found, key=lambda one: one.lease.created if one.lease else _now())
+    return found
 
 
 def find(text: str, cloud: str = "", region: str = "") -> Found:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -22,7 +21,6 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
-from cml_runner.inventory import Found, Place
 from cml_runner.model import made_up
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
 
     from cml_runner.access import Access
     from cml_runner.forges import Forge
+    from cml_runner.inventory import Found, Place
     from cml_runner.model import Lease, Runner
 
 log = logging.getLogger(__name__)
@@ -148,23 +147,14 @@ def look(cloud: str, region: str) -> tuple[list[Found], list[Unseen]]:
 
     Of all clouds, those of which there are no credentials at all are passed over.
     """
+    found, failures = inventory.scan(cloud, region, lambda one: one.tasks())
     unseen: list[Unseen] = []
-
-    def ask(place: Place) -> list[Found]:
-        try:
-            return [Found(lease.id, place, lease) for lease in place.cloud.tasks()]
-        except RunnerError as error:
-            absent = isinstance(error, MissingDependency | NoCredentials)
-            if absent and cloud:
-                raise
-            if not absent:
-                unseen.append(_unseen(place, error))
-        return []
-
-    with ThreadPoolExecutor() as pool:
-        listed = [one for some in pool.map(ask, inventory.places(cloud, region)) for one in some]
-    order = sorted(listed, key=lambda one: one.lease.created if one.lease else _now())
-    return order, sorted(unseen, key=lambda one: one.place)
+    for place, error in failures:
+        if not isinstance(error, MissingDependency | NoCredentials):
+            unseen.append(_unseen(place, error))
+        elif cloud:
+            raise error
+    return found, sorted(unseen, key=lambda one: one.place)
 
 
 def overdue(lease: Lease, now: datetime, older_than: float) -> str:

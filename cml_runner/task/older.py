@@ -6,33 +6,29 @@ import logging
 from typing import TYPE_CHECKING
 
 from cml_runner import inventory, steps
-from cml_runner.errors import ConfigurationError, CredentialsError, MissingDependency, RunnerError
-from cml_runner.inventory import Found
+from cml_runner.errors import ConfigurationError, CredentialsError, MissingDependency
+from cml_runner.model import OLDER
 
 if TYPE_CHECKING:
+    from cml_runner.inventory import Found
     from cml_runner.model import Identifier
 
 log = logging.getLogger(__name__)
 
-PREFIX = "tpi"
-
 
 def is_old(identifier: Identifier) -> bool:
     """Say if it is one of them."""
-    return identifier.prefix == PREFIX
+    return identifier.prefix == OLDER
 
 
 def tasks(cloud: str = "", region: str = "") -> list[Found]:
     """List them, oldest first; what hinders that is told by whoever lists our own."""
-    found = []
-    for place in inventory.places(cloud, region):
-        try:
-            found += [Found(lease.id, place, lease) for lease in place.cloud.older()]
-        except (CredentialsError, MissingDependency) as error:
-            log.debug("%s: %s", place.name, error)
-        except RunnerError as error:
-            log.warning("%s %s: %s", place.name, place.region, error)
-    return sorted(found, key=lambda one: one.lease.created if one.lease else 0)
+    found, failures = inventory.scan(cloud, region, lambda one: one.older())
+    for place, error in failures:
+        told = isinstance(error, CredentialsError | MissingDependency)
+        level = logging.DEBUG if told else logging.WARNING
+        log.log(level, "%s %s: %s", place.name, place.region, error)
+    return found
 
 
 def counts(found: Found) -> dict[str, int]:
