@@ -11,9 +11,11 @@ https://docs.aws.amazon.com/eks/latest/userguide/iam-roles-for-service-accounts.
 from __future__ import annotations
 
 import io
+import json
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+from cml_runner.wait import until
 from tests.lab.aws.instances import ACCOUNT
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from tests.lab.aws import AWS
     from tests.lab.town import Town
 
+PATIENCE = 60  # seconds
 AUDIENCE = "sts.amazonaws.com"
 DIRECTORY = "/var/run/secrets/eks.amazonaws.com/serviceaccount"
 POLICIES = "/apis/admissionregistration.k8s.io/v1"
@@ -89,6 +92,7 @@ class Identities:
         }
         self._make("mutatingadmissionpolicies", spec)
         self._make("mutatingadmissionpolicybindings", {"policyName": self._name})
+        until(self._rules, f"the API server to follow {self._name}", PATIENCE, 0.1)
         self._town.country.internet.serve("amazonaws.com", self)
         return self
 
@@ -115,6 +119,14 @@ class Identities:
         text = ANSWER.format(**self._aws.add_user(self._policy)) if fits else REFUSAL
         start("200 OK" if fits else "400 Bad Request", [("Content-Type", "text/xml")])
         return [text.encode()]
+
+    def _rules(self) -> bool:
+        """Say if a pod would be given its role: the API server learns of a policy after a while."""
+        one = {"name": "one", "image": "none"}
+        spec = {"serviceAccountName": self._account, "containers": [one]}
+        body = {"metadata": {"generateName": "nobody-"}, "spec": spec}
+        made = self._town.ask("POST", "pods?dryRun=All", body)
+        return "AWS_ROLE_ARN" in json.dumps(made)
 
     def _make(self, kind: str, spec: dict[str, Any]) -> None:
         body = {"metadata": {"name": self._name}, "spec": spec}

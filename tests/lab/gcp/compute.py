@@ -24,6 +24,7 @@ BASE = "https://www.googleapis.com/compute/v1/projects"
 TURN = 0.05  # seconds between two looks at all groups
 MOMENT = 0.02  # seconds that an operation takes
 NOTICE = 0.5  # seconds that a machine has left when its preemption is simulated
+REPAIR = 5  # seconds until a group acts on a machine that has ended by itself; they are longer
 AGAIN = 0.5  # seconds before a group that could start nothing tries again
 ZONES = {
     "us-west1": "abc", "us-east1": "bcd", "europe-west1": "bcd", "europe-north1": "abc",
@@ -64,6 +65,7 @@ class Instance:
     preempted: bool = False
     maintenance: str = "NONE"
     console: str = ""
+    repair: float = 0  # when its group acts on its end
     version: int = 1  # of its metadata
     timers: list[threading.Timer] = field(default_factory=list)
 
@@ -167,7 +169,7 @@ class Compute:
         with self.lock:
             one = self.instances[number]
             if one.status in ("RUNNING", "STAGING"):
-                one.status = "TERMINATED"
+                one.status, one.repair = "TERMINATED", time.monotonic() + REPAIR
                 self._tell("compute.instances.guestTerminate", one)
                 self._machines.end(number)
 
@@ -443,7 +445,8 @@ class Compute:
             one = self.instances.get(number)
             if one and one.status == "STAGING" and _now() > one.created + timedelta(seconds=TURN):
                 one.status = "RUNNING"
-            if one and one.status in ("TERMINATED", "GONE") and name not in group.leaving:
+            lost = one and one.status in ("TERMINATED", "GONE") and name not in group.leaving
+            if one and lost and time.monotonic() > one.repair:
                 self.remove(number)
                 group.members[name] = ""  # it will be made anew
             if name in group.leaving or group.deleting:
