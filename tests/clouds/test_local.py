@@ -125,8 +125,7 @@ def test_there_is_one_keeper_only(local_rig: LocalRig) -> None:
         check=True,
     )
     assert local_rig.keeper(plan) == keeper
-    keepers = [one for one in local_rig.processes() if "cml_runner.clouds.local" in one.cmdline()]
-    assert keepers == [keeper]
+    assert keepers(local_rig) == [keeper]
 
 
 def keepers(rig: LocalRig) -> list[psutil.Process]:
