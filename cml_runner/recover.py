@@ -6,11 +6,11 @@ import logging
 import re
 import time
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Literal
 
 from cml_runner.errors import CredentialsError, JobRunning, NotFound, RunnerError
 from cml_runner.model import TIMES, Interruption, made_up, stands_for
+from cml_runner.wait import pauses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from cml_runner.model import Job
 
 log = logging.getLogger(__name__)
-
-PAUSES = (1, 2, 4, 8, 15)  # seconds between two questions to the forge; the last one for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class Patience:
     ) -> None:
         self._sleep, self._clock = sleep, clock
         self._end = clock() + seconds
-        self._pauses = chain(PAUSES, repeat(PAUSES[-1]))
+        self._pauses = pauses()
 
     def pause(self) -> bool:
         """Sleep for a while; False, at once, if there is no time left."""

@@ -20,8 +20,7 @@ SHOWN = ("name", "id", "cloud", "region", "instanceType", "spot", "labels", "rep
 
 def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     """Write a GitHub step's outputs and summary, a GitLab job's or Bitbucket step's variables."""
-    if output := environment.get("GITHUB_OUTPUT"):
-        _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    _put_out(fields, environment)
     if state := environment.get("GITHUB_STATE"):  # for the end of the job
         _append(state, "".join(_output(key, fields[key]) for key in ("id", "region")))
     if summary := environment.get("GITHUB_STEP_SUMMARY"):
@@ -34,8 +33,7 @@ def report(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
 
 def report_recovery(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     """Tell later steps of a GitHub job what was run again, and people in its summary."""
-    if output := environment.get("GITHUB_OUTPUT"):
-        _append(output, "".join(_output(key, value) for key, value in fields.items()))
+    _put_out(fields, environment)
     summary = environment.get("GITHUB_STEP_SUMMARY")
     if summary and fields["jobs"]:
         rows = "".join(
@@ -45,6 +43,11 @@ def report_recovery(fields: Mapping[str, Any], environment: Mapping[str, str]) -
         )
         head = "| job | | runner | |\n| --- | --- | --- | --- |\n"
         _append(summary, f"### cml-runner: interrupted jobs\n\n{head}{rows}\n")
+
+
+def _put_out(fields: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    if output := environment.get("GITHUB_OUTPUT"):
+        _append(output, "".join(_output(key, value) for key, value in fields.items()))
 
 
 def _linked(text: str, url: str) -> str:

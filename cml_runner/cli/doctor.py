@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,8 +14,6 @@ from cml_runner.cli import options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from cml_runner.doctor import Finding
 
 COLUMNS = ("place", "what", "state", "message", "hint")
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red", "unknown": "cyan"}
@@ -63,7 +62,7 @@ def doctor_(output: str, **values: Any) -> int:
     logs.hide(values["token"], values["github_app_key"])
     with progress.shown("doctor"):
         found = doctor.examine(Options(**values), os.environ)
-    rows = [_row(one) for one in found]
+    rows = [{"place": one.place, **asdict(one.check)} for one in found]
     if output == "json":
         options.echo_json(rows)
     elif sys.stdout.isatty():
@@ -72,18 +71,6 @@ def doctor_(output: str, **values: Any) -> int:
         for row in rows:
             click.echo("\t".join(str(row[column]) for column in COLUMNS))
     return doctor.code(found)
-
-
-def _row(finding: Finding) -> dict[str, Any]:
-    check = finding.check
-    return {
-        "place": finding.place,
-        "what": check.what,
-        "state": check.state,
-        "message": check.message,
-        "hint": check.hint,
-        "code": check.code,
-    }
 
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:

@@ -63,8 +63,12 @@ def recover_(
     if not dry_run:
         patience = recover.Patience(timeout if wait else BRIEF)
         outcomes = recover.again(forge, outcomes, patience)
-    ci.report_recovery(_fields(url, outcomes), os.environ)
-    _show(url, outcomes, output)
+    fields = _fields(url, outcomes)
+    ci.report_recovery(fields, os.environ)
+    if output == "json":
+        options.echo_json(fields)
+    else:
+        _show(outcomes)
     _complain(outcomes, wait=wait)
 
 
@@ -88,10 +92,7 @@ def _fields(url: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _show(url: str, outcomes: Sequence[Outcome], output: str) -> None:
-    if output == "json":
-        options.echo_json(_fields(url, outcomes))
-        return
+def _show(outcomes: Sequence[Outcome]) -> None:
     for one in outcomes:
         reason = f": {one.reason}" if one.reason else ""
         click.echo(f"{one.job.name}\t{one.state}{reason}\t{one.job.url}")

@@ -8,10 +8,9 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from cml_runner import store
+from cml_runner import store, wait
 from cml_runner.errors import RunnerError
 from cml_runner.model import TIMES, Interruption, Retried
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from cml_runner.model import Event, Job
 
 log = logging.getLogger(__name__)
-
-PAUSES = (1, 2, 4, 8, 15)  # seconds between two questions to the forge; the last one for ever
 
 
 def remember(bucket: store.Store, job: Job, *, forgetful: bool = False) -> Interruption:
@@ -84,7 +81,7 @@ def insist(
 ) -> str:
     """Ask until the forge has queued the job again; return why it never will, or ""."""
     log.info("%s was interrupted: waiting until it can be run again", one.job.name)
-    pauses = chain(PAUSES, repeat(PAUSES[-1]))
+    pauses = wait.pauses()
     given_up = ""
     try:
         while not forge.retry(one.job):

@@ -195,7 +195,7 @@ def _leads_out(tables: Sequence[Mapping[str, Any]], subnet: Subnet, public: set[
     main = [one for one in tables if any(a.get("Main") for a in one.get("Associations", ()))]
     for table in own or main:
         for route in table.get("Routes", ()):
-            everywhere = "0.0.0.0/0" in (route.get("DestinationCidrBlock"),)
+            everywhere = route.get("DestinationCidrBlock") == "0.0.0.0/0"
             gateway = str(route.get("GatewayId", ""))
             if everywhere and route.get("State") != "blackhole":
                 return subnet.id in public or not gateway.startswith("igw-")

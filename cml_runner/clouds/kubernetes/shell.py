@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import signals
 from cml_runner.clouds.kubernetes.pod import CONTAINER
-from cml_runner.clouds.kubernetes.stream import Running
+from cml_runner.clouds.kubernetes.stream import STDERR, Running
 from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _feed(running: Running, live: bool) -> None:
 
 def _write(piece: tuple[int, bytes]) -> None:
     channel, content = piece
-    stream = sys.stderr if channel == Running.ERRORS else sys.stdout
+    stream = sys.stderr if channel == STDERR else sys.stdout
     stream.buffer.write(content)
     stream.buffer.flush()
 

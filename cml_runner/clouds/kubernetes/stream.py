@@ -25,8 +25,6 @@ CODE = re.compile(r"exit code (\d+)")
 class Running:
     """A command; write to it, end its input, read from it until it is done."""
 
-    ERRORS = STDERR
-
     def __init__(
         self,
         session: Session,
