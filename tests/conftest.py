@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,18 @@ def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # this machine may be one of EC2
     monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", "")  # or of Azure
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # or one of Google's
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _descriptions() -> Iterator[None]:
+    """Read the SDK's description of each service of AWS once, not for each of many sessions."""
+    from botocore.loaders import JSONFileLoader
+
+    loader = JSONFileLoader()
+    load = cache(loader.load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda _self, path: load(path))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ def launch(cli: Cli, world: World, *more: str) -> str:
 
 
 def over(cli: Cli) -> bool:
-    return bool(cli.run("list", "--output", "json").json == [])
+    return bool(cli.run("list", "--cloud", "local", "--output", "json").json == [])
 
 
 def nothing_is_left(world: World, home: Path) -> None:

@@ -68,7 +68,7 @@ def test_from_launch_to_destroy(cli: Cli, local: Local, home: Path) -> None:
 
 def test_logs_of_a_runner_that_is_over(cli: Cli, local: Local) -> None:
     identifier = launch(cli, local, "--name", "brief", "--idle-timeout", "1s")
-    wait(lambda: cli.run("list", "--output", "json").json == [], "its end")
+    wait(lambda: cli.run("list", "--cloud", "local", "--output", "json").json == [], "its end")
     assert "ended: idle for" in cli.run("logs", identifier).out
     lines = cli.run("logs", identifier, "--output", "json").out.splitlines()
     assert {json.loads(line)["rank"] for line in lines} == {0}

@@ -146,7 +146,7 @@ class Command:
     def _listen(self) -> None:
         from websocket._abnf import ABNF, frame_buffer
 
-        frames = frame_buffer(self._connection.recv, skip_utf8_validation=True)
+        frames = frame_buffer(self._receive, skip_utf8_validation=True)
         with suppress(Exception):
             while (frame := frames.recv_frame()).opcode != ABNF.OPCODE_CLOSE:
                 data = bytes(frame.data)  # type: ignore[arg-type]
@@ -160,6 +160,12 @@ class Command:
                 elif channel == CLOSE and content == bytes([STDIN]):
                     os.close(self._input)
         self._process.kill()  # as the runtime does, once nobody is there
+
+    def _receive(self, size: int) -> bytes:
+        """Raise EOFError at the end, for which whoever puts frames together would look for ever."""
+        if content := self._connection.recv(size):
+            return content
+        raise EOFError
 
     def _send(self, channel: int, content: bytes) -> None:
         self._frame(bytes([channel]) + content, BINARY)
