@@ -19,6 +19,7 @@ from pytest_socket import socket_allow_hosts
 from cml_runner import steps
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Task
+from cml_runner.wait import until
 from tests.lab import cluster
 from tests.lab.internet import GATEWAY
 from tests.lab.town import Country
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 KEPT = ("PATH", "LANG", "TZ", "TMPDIR", "USER", "LOGNAME", "SHELL", "TERM", "PYTHONPATH")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep all that needs the cluster together, where workers have groups: one is heavy enough."""
+    for item in items:
+        if "kubernetes" in item.nodeid and item.get_closest_marker("lab"):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +137,7 @@ def cli(home: Path) -> Iterator[Cli]:
     for region in (home / "local").glob("*/"):
         for lease in Cloud(str(region)).tasks():
             steps.delete(Cloud(str(region)).plan(Task(id=lease.id)).resources)
-    assert processes_of(home) == [], "processes are left behind"
+    until(lambda: not processes_of(home), "processes that are left behind", 10, 0.05)
 
 
 def processes_of(home: Path, *words: str) -> list[psutil.Process]:

@@ -306,6 +306,14 @@ def flag(tmp_path: Path) -> Path:
     return tmp_path / "flag"
 
 
+def kill(pid: int) -> None:
+    """End a process and all that it has begun, without a word."""
+    agent = psutil.Process(pid)
+    for process in (agent, *agent.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 @pytest.fixture
 def waiting(flag: Path) -> str:
     return f"until test -e {flag}; do sleep 0.05; done"
@@ -423,9 +431,9 @@ def test_a_single_runner_takes_one_job(scene: Scene, waiting: str, flag: Path) -
         scene.agent.leave(registration)
         scene.agent.leave(registration)
     else:  # it has to be told to end, and can't leave by itself
+        scene.until(lambda: not scene.runner("one").busy)
         scene.agent.stop(started.pid)
         started.ended()
-        scene.until(lambda: not scene.runner("one").busy)
         scene.forge.unregister(scene.runner("one"))
     scene.until(lambda: scene.names() == set())
     scene.becomes(first, "succeeded")
@@ -468,10 +476,7 @@ def test_a_job_is_lost_with_its_runner(
     assert not scene.forge.better_lost(seen)
     assert scene.forge.lost("other") == []
     scene.until(trace.exists)
-    agent = psutil.Process(started.pid)
-    for process in (agent, *agent.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill(started.pid)
     started.ended()
     scene.until(lambda: scene.forge.lost("one"))
     (lost,) = scene.forge.lost("one")
@@ -518,10 +523,7 @@ def test_a_lost_job_is_found_and_runs_again_once(
     job = scene.rig.submit("long", f"touch {trace}; {waiting}")
     seen = scene.running(started, "one")
     scene.until(trace.exists)
-    agent = psutil.Process(started.pid)
-    for process in (agent, *agent.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill(started.pid)
     started.ended()
     scene.until(lambda: scene.interrupted(job, "one"))
     (lost,) = scene.interrupted(job, "one")

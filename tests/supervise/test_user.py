@@ -227,7 +227,7 @@ def test_nothing_that_it_started_survives(shared: Path) -> None:
     until(lambda: all(one.exists() and one.read_text() for one in files), "them", 10, 0.02)
     process.stop(0.2)
     assert other.wait(10) < 0
-    left = [one for one in psutil.process_iter() if one.uids().real == UID]
+    left = [one for one in psutil.process_iter(["uids"]) if one.info["uids"].real == UID]
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in left)
 
 

@@ -13,6 +13,7 @@ from cml_runner import wait
 from cml_runner.clouds.gcp import happenings, shell
 from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT
+from cml_runner.clouds.gcp.session import last
 from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound, RunnerError
 from cml_runner.model import Happening, Instance
 
@@ -138,7 +139,7 @@ class Group:
         if found.scheduling.provisioning_model != "SPOT":
             msg = f"--real: {found.name} is no spot machine; without --real it goes all the same"
             raise ConfigurationError(msg)
-        where = {"instance": found.name, "zone": _zone(found)}
+        where = {"instance": found.name, "zone": last(found.zone)}
         self.session.begin("Instances", "simulate_maintenance_event", **where)
 
     def shell(self, instance: str, command: Sequence[str]) -> AbstractContextManager[Program]:
@@ -155,7 +156,7 @@ class Group:
         for one in sorted(self._instances(), key=order, reverse=True):
             with suppress(RunnerError):
                 found = self.session.call(
-                    "Instances", "get_serial_port_output", instance=one.name, zone=_zone(one)
+                    "Instances", "get_serial_port_output", instance=one.name, zone=last(one.zone)
                 )
                 if found.contents:
                     return str(found.contents)
@@ -233,7 +234,7 @@ class Group:
             "Instances",
             "set_metadata",
             instance=instance.name,
-            zone=_zone(instance),
+            zone=last(instance.zone),
             metadata_resource={
                 "fingerprint": instance.metadata.fingerprint,
                 "items": [{"key": name, "value": value} for name, value in items.items()],
@@ -293,7 +294,3 @@ def _address(instance: Any) -> str:
         outside = [one.nat_i_p for one in card.access_configs if one.nat_i_p]
         return str(next(iter(outside), card.network_i_p))
     return ""
-
-
-def _zone(instance: Any) -> str:
-    return str(instance.zone).rpartition("/")[2]

@@ -59,7 +59,7 @@ def of_machines(
     found = []
     for one in operations:
         at, kind = _time(one.insert_time), str(one.operation_type)
-        name, zone = one.target_link.rpartition("/")[2], _part(one.target_link, "zones")
+        name, zone = sessions.last(one.target_link), _part(one.target_link, "zones")
         if (since and at < since) or one.error.errors:  # which the group tells as well
             continue
         if text := INTERRUPTIONS.get(kind):

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cml_runner.clouds.gcp.session import last
 from cml_runner.errors import RunnerError
 from cml_runner.model import Quote
 
@@ -66,7 +67,7 @@ def _shapes(session: Session, types: Sequence[Type]) -> dict[str, Shape]:
     where = " OR ".join(f"(name = {name})" for name in names)
     found = {}
     for scope, listed in session.pages("MachineTypes", "aggregated_list", filter=where):
-        if scope.rpartition("/")[2].startswith(f"{session.region}-"):
+        if last(scope).startswith(f"{session.region}-"):
             for one in listed.machine_types:
                 built = {
                     gpu.guest_accelerator_type: gpu.guest_accelerator_count

@@ -122,9 +122,9 @@ class Session:
         kind = "Global"
         where: dict[str, str] = {}
         if operation.zone:
-            kind, where = "Zone", {"zone": _name(operation.zone)}
+            kind, where = "Zone", {"zone": last(operation.zone)}
         elif operation.region:
-            kind, where = "Region", {"region": _name(operation.region)}
+            kind, where = "Region", {"region": last(operation.region)}
         with translated(f"{kind}Operations.wait"):
             while operation.status != self._sdk.Operation.Status.DONE:
                 operation = self._send(
@@ -369,5 +369,6 @@ def _unreachable(error: Exception) -> RunnerError:
     return RunnerError(f"Google Cloud {web.trouble(error)}")
 
 
-def _name(url: str) -> str:
+def last(url: str) -> str:
+    """Return the name at the end of a resource's address."""
     return url.rpartition("/")[2]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import keys, signals, wait
 from cml_runner.clouds.gcp.account import IAP, Shared
+from cml_runner.clouds.gcp.session import last
 from cml_runner.errors import MissingDependency, NotFound, RunnerError
 from cml_runner.terminal import Program
 
@@ -87,7 +88,7 @@ def _close(session: Session, look: Callable[[], Any], line: str) -> None:
 
 def _change(session: Session, machine: Any, line: str, *, let_in: bool) -> None:
     """Add the key and the tag, or remove them."""
-    where = {"instance": machine.name, "zone": str(machine.zone).rpartition("/")[2]}
+    where = {"instance": machine.name, "zone": last(machine.zone)}
     items = {one.key: one.value for one in machine.metadata.items}
     lines = [one for one in items.get(KEYS, "").splitlines() if one != line]
     own = {KEYS: "\n".join([*lines, *([line] if let_in else [])])}
@@ -123,7 +124,7 @@ def _line(public: str) -> str:
 
 
 def _program(session: Session, machine: Any, directory: str) -> Program:
-    zone = str(machine.zone).rpartition("/")[2]
+    zone = last(machine.zone)
     proxy = (
         f"gcloud compute start-iap-tunnel {machine.name} 22 --listen-on-stdin --quiet"
         f" --project {session.project} --zone {zone}"

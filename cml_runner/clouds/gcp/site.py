@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cml_runner import keys
 from cml_runner.clouds.gcp import catalogue
 from cml_runner.clouds.gcp.account import Shared, ssh
+from cml_runner.clouds.gcp.session import last
 from cml_runner.errors import ConfigurationError, NoCapacity, NotFound
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Site:
         )
         ours: dict[str, set[str]] = {}
         for scope, listed in found:
-            zone = scope.rpartition("/")[2]
+            zone = last(scope)
             here = {one.name for one in getattr(listed, what)} & names
             fits = zone == self._zone if self._zone else self._is_ours(zone)
             if here and fits:
