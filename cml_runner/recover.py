@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cml_runner.errors import CredentialsError, JobRunning, NotFound, RunnerError
 from cml_runner.model import TIMES, Interruption, made_up, stands_for
-from cml_runner.wait import pauses
+from cml_runner.wait import ASKED, lasting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Patience:
     ) -> None:
         self._sleep, self._clock = sleep, clock
         self._end = clock() + seconds
-        self._pauses = pauses()
+        self._pauses = lasting(ASKED)
 
     def pause(self) -> bool:
         """Sleep for a while; False, at once, if there is no time left."""

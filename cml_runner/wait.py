@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cml_runner.errors import NotReady, RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 LOOKS = (0.5, 1, 2, 4)  # seconds after one that found nothing
 PAUSES = (1, 2, 5, 10, 30)  # seconds after an attempt to leave; the last one for ever
-ASKED = (1, 2, 4, 8, 15)  # seconds between two questions to a forge; the last one for ever
+ASKED = (1, 2, 4, 8, 15)  # seconds between two questions to a forge; likewise
 
 
 def until(condition: Callable[[], T], what: str, timeout: float, every: float = 1) -> T:
@@ -45,17 +45,17 @@ def patiently(look: Callable[[], T]) -> T:
     return look()
 
 
-def pauses() -> Iterator[float]:
-    """Count the seconds between questions to a forge, whose answer may take hours; never ends."""
-    return chain(ASKED, repeat(ASKED[-1]))
+def lasting(pauses: Sequence[float]) -> Iterator[float]:
+    """Go through pauses, and stay with the last one for ever."""
+    return chain(pauses, repeat(pauses[-1]))
 
 
 def insist(action: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
     """Do what a machine must do to leave, whatever it takes: its deadline ends it otherwise."""
-    times = iter(PAUSES)
+    pauses = lasting(PAUSES)
     while True:
         try:
             return action()
         except (RunnerError, OSError) as error:
             log.warning("can't leave yet: %s", error)
-            sleep(next(times, PAUSES[-1]))
+            sleep(next(pauses))

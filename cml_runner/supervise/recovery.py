@@ -81,7 +81,7 @@ def insist(
 ) -> str:
     """Ask until the forge has queued the job again; return why it never will, or ""."""
     log.info("%s was interrupted: waiting until it can be run again", one.job.name)
-    pauses = wait.pauses()
+    pauses = wait.lasting(wait.ASKED)
     given_up = ""
     try:
         while not forge.retry(one.job):

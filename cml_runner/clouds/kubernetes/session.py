@@ -15,12 +15,11 @@ import time
 from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
-from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from cml_runner import times
+from cml_runner import times, wait
 from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
@@ -206,7 +205,7 @@ class Session:
         patience: float = PATIENCE,
     ) -> bytes:
         end = time.monotonic() + patience
-        for pause in chain(PAUSES, repeat(PAUSES[-1])):
+        for pause in wait.lasting(PAUSES):
             try:
                 status, content = self._send(method, path, body)
             except OSError as error:
