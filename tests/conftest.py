@@ -19,7 +19,6 @@ from pytest_socket import socket_allow_hosts
 from cml_runner import steps
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Task
-from cml_runner.wait import until
 from tests.lab import cluster
 from tests.lab.internet import GATEWAY
 from tests.lab.town import Country
@@ -57,8 +56,7 @@ def _descriptions() -> Iterator[None]:
     """Read the SDK's description of each service of AWS once, not for each of many sessions."""
     from botocore.loaders import JSONFileLoader
 
-    loader = JSONFileLoader()
-    load = cache(loader.load_file)
+    load = cache(JSONFileLoader().load_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JSONFileLoader, "load_file", lambda _self, path: load(path))
         yield
@@ -137,7 +135,7 @@ def cli(home: Path) -> Iterator[Cli]:
     for region in (home / "local").glob("*/"):
         for lease in Cloud(str(region)).tasks():
             steps.delete(Cloud(str(region)).plan(Task(id=lease.id)).resources)
-    until(lambda: not processes_of(home), "processes that are left behind", 10, 0.05)
+    assert processes_of(home) == [], "processes are left behind"
 
 
 def processes_of(home: Path, *words: str) -> list[psutil.Process]:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import processes_of
-from tests.test_life import kill, launch, nothing_is_left, on, over
+from tests.test_life import gone, kill, launch, nothing_is_left, on, over
 from tests.worlds import Local, OnGitHub, wait
 
 if TYPE_CHECKING:
@@ -194,20 +194,22 @@ def test_the_forge_is_down_when_the_runner_wants_to_leave(
     launch(cli, remote, "--name", "late", "--idle-timeout", "2s")
     github.fault("GET", ".*/actions/runners.*", 999, status=503)
     github.fault("DELETE", ".*", 999, status=503)
-    wait(lambda: over(cli), "the runner to leave", 150)
+    wait(lambda: gone(cli, home), "the runner to leave", 150)
     log = "".join(path.read_text() for path in home.rglob("log-*"))
     assert "may still be registered" in log
     wait(lambda: remote.runners() == {"late": False}, "the forge to notice")
 
 
-def test_the_forge_is_down_during_a_job(cli: Cli, remote: OnGitHub, github: GitHub) -> None:
+def test_the_forge_is_down_during_a_job(
+    cli: Cli, remote: OnGitHub, github: GitHub, home: Path
+) -> None:
     launch(cli, remote, "--name", "steady", "--idle-timeout", "2s")
     remote.submit("train", "echo first half; sleep 3; echo second half")
     wait(lambda: remote.job("train").state == "running", "the job")
     github.fault("GET", "/repos/.*", 20, status=502)
     github.fault("POST", "/repos/.*", 20, drop=True)
     wait(lambda: remote.job("train").state == "succeeded", "its good end")
-    wait(lambda: over(cli), "the runner to leave", 150)
+    wait(lambda: gone(cli, home), "the runner to leave", 150)
 
 
 def test_what_is_destroyed_leaves_the_forge_too(
@@ -300,7 +302,7 @@ def test_a_supervisor_that_hangs_ends_at_the_deadline(cli: Cli, local: Local, ho
     launch(cli, local, "--name", "hung", "--max-lifetime", "6s")
     (supervisor,) = processes_of(home, "cml_runner.supervise")
     supervisor.suspend()
-    wait(lambda: over(cli), "the deadline")
+    wait(lambda: gone(cli, home), "the deadline")
     wait(lambda: not any(local.runners().values()), "its agent to be gone")
 
 
@@ -425,7 +427,7 @@ def test_an_agent_killed_in_the_middle_of_a_job(cli: Cli, world: World, home: Pa
     agent.kill()
     wait(lambda: world.job("train").state == "succeeded", "its good end", 60)
     assert world.job("train").attempt == 2
-    wait(lambda: over(cli), "the end")
+    wait(lambda: gone(cli, home), "the end")
 
 
 def test_outputs_that_can_not_be_written(cli: Cli, local: Local) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cml_runner.model import Identifier
 from tests.lab.gitlab import Runner as Registered
-from tests.test_life import launch, nothing_is_left, over
+from tests.test_life import gone, launch, nothing_is_left, over
 from tests.worlds import OnBitbucket, OnGitLab, wait
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def test_down_at_launch(cli: Cli, there: Troubled, home: Path) -> None:
 def test_down_when_the_runner_wants_to_leave(cli: Cli, there: Troubled, home: Path) -> None:
     launch(cli, there.world, "--name", "late", "--idle-timeout", "2s")
     there.break_down()
-    wait(lambda: over(cli), "the runner to leave", 150)
+    wait(lambda: gone(cli, home), "the runner to leave", 150)
     log = "".join(path.read_text() for path in home.rglob("log-*"))
     assert "late may still be registered" in log
     wait(lambda: there.world.runners() == {"late": False}, "the forge to notice")
@@ -85,7 +85,7 @@ def test_a_credential_that_expires_during_a_job(cli: Cli, there: Troubled, home:
     wait(lambda: there.world.job("train").state == "running", "the job")
     there.revoke()
     wait(lambda: there.world.job("train").state == "succeeded", "its good end")
-    wait(lambda: over(cli), "the runner to leave", 90)
+    wait(lambda: gone(cli, home), "the runner to leave", 90)
     log = "".join(path.read_text() for path in home.rglob("log-*"))
     assert "wrong or expired" in log
 
@@ -118,7 +118,7 @@ def test_a_name_that_is_taken(cli: Cli, there: Troubled) -> None:
     assert there.world.runners() == {}
 
 
-def test_an_idle_runner_is_reused(cli: Cli, there: Troubled) -> None:
+def test_an_idle_runner_is_reused(cli: Cli, there: Troubled, home: Path) -> None:
     launch(cli, there.world, "--name", "one", "--idle-timeout", "6s")
     again = ("launch", "--repo", there.world.repo, "--cloud", "local", "--reuse-idle")
     environment = there.world.environment
@@ -127,7 +127,7 @@ def test_an_idle_runner_is_reused(cli: Cli, there: Troubled) -> None:
     wait(lambda: there.world.job("train").state == "running", "the job")
     other = cli.run(*again, "--name", "two", "--idle-timeout", "1s", environment=environment)
     assert other.json["name"] == "two"
-    wait(lambda: over(cli), "both to leave")
+    wait(lambda: gone(cli, home), "both to leave")
 
 
 def test_no_room_for_another_runner(cli: Cli, there: Troubled, home: Path) -> None:

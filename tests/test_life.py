@@ -36,6 +36,11 @@ def over(cli: Cli) -> bool:
     return bool(cli.run("list", "--cloud", "local", "--output", "json").json == [])
 
 
+def gone(cli: Cli, home: Path) -> bool:
+    """Nothing is listed, and who took it off the list, the last process, has ended as well."""
+    return over(cli) and processes_of(home) == []
+
+
 def nothing_is_left(world: World, home: Path) -> None:
     """No registration, no process, and no file but the record of what was."""
     assert world.runners() == {}
@@ -150,7 +155,7 @@ def test_no_secret_lies_around(world: World, cli: Cli, home: Path) -> None:
     world.submit("nosy", "env; sleep 2; ps -eo args")
     launch(cli, world, "--name", "quiet", "--idle-timeout", "1s", "--log", "debug")
     listed = "\n".join(" ".join(one) for one in command_lines())
-    wait(lambda: over(cli), "the end")
+    wait(lambda: gone(cli, home), "the end")
     logs = "".join(process_log.read_text() for process_log in (home / "local").rglob("log-*"))
     for secret in world.secrets:
         assert secret not in listed

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.test_life import launch
+from tests.test_life import gone, launch
 from tests.worlds import Local, wait
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def test_from_launch_to_destroy(cli: Cli, local: Local, home: Path) -> None:
     assert "nothing is there" in cli.run("list").err
 
 
-def test_logs_of_a_runner_that_is_over(cli: Cli, local: Local) -> None:
+def test_logs_of_a_runner_that_is_over(cli: Cli, local: Local, home: Path) -> None:
     identifier = launch(cli, local, "--name", "brief", "--idle-timeout", "1s")
-    wait(lambda: cli.run("list", "--cloud", "local", "--output", "json").json == [], "its end")
+    wait(lambda: gone(cli, home), "its end")
     assert "ended: idle for" in cli.run("logs", identifier).out
     lines = cli.run("logs", identifier, "--output", "json").out.splitlines()
     assert {json.loads(line)["rank"] for line in lines} == {0}
