@@ -104,7 +104,7 @@ def test_the_plugin_is_missing_or_too_old(aws_rig: AwsRig, monkeypatch: pytest.M
 def test_a_session_is_ended_when_we_are(aws_rig: AwsRig, cli: Cli, number: signal.Signals) -> None:
     plan = aws_rig.launch(1)
     name = plan.group.name  # type: ignore[attr-defined]
-    arguments = ("ssh", name, *ON_AWS, "--", "sleep", "9")
+    arguments = ("ssh", name, *ON_AWS, "--", "sleep", "30")
     process = cli.start(*arguments, environment=aws_rig.aws.environment())
     assert process.stdout
     assert process.stdout.readline().startswith("entered")

@@ -36,7 +36,8 @@ AGENT = (
 )
 LOGIN = "SSM-SessionManagerRunShell"
 PLUGIN = """#!{python}
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and with us what we run
 if sys.argv[1:] == ["--version"]:
     print(os.environ.get("PLUGIN_VERSION", "1.2.707.0"))
     sys.exit()
