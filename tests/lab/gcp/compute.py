@@ -445,8 +445,8 @@ class Compute:
             one = self.instances.get(number)
             if one and one.status == "STAGING" and _now() > one.created + timedelta(seconds=TURN):
                 one.status = "RUNNING"
-            lost = one and one.status in ("TERMINATED", "GONE") and name not in group.leaving
-            if one and lost and time.monotonic() > one.repair:
+            ended = one and one.status in ("TERMINATED", "GONE") and time.monotonic() > one.repair
+            if ended and name not in group.leaving:
                 self.remove(number)
                 group.members[name] = ""  # it will be made anew
             if name in group.leaving or group.deleting:
