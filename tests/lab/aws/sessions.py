@@ -50,7 +50,7 @@ assert url.startswith("http")
 wanted = json.loads(wanted)
 print("entered", wanted["Target"], region, flush=True)
 for command in wanted.get("Parameters", {{}}).get("command", []):
-    subprocess.run(["/bin/sh", "-c", command])
+    subprocess.run(["/bin/sh", "-c", "exec " + command])
 """
 
 
