@@ -1,18 +1,21 @@
-"""The first script that a new machine runs: it starts our supervisor, which does the rest.
+"""The first script of a new machine: it fetches our program and starts it, which does the rest.
 
-Nothing secret is in it: whoever may read a machine's metadata, its user data or its disk learns
+Nothing secret is in it: whoever can read a machine's metadata, its user data or its disk learns
 where the settings are, not what is in them.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from datetime import timezone
-from pathlib import PurePosixPath
+from pkgutil import get_data
 from shlex import quote
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from cml_runner import boot
+from cml_runner.boot.failing import FAILED
+from cml_runner.boot.prepare import IMAGES_PATH, INTERRUPTED, TOLD
 from cml_runner.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -22,171 +25,80 @@ if TYPE_CHECKING:
     from cml_runner.model import Program
 
 LIMIT = 16 * 1024  # bytes of user data: the least that a cloud takes, which is EC2
-INTERRUPTED = 75  # exit code of who was told to end, and expects to be replaced: EX_TEMPFAIL
-WORK = "/opt/cml-runner-work"  # where agents live, under an account which can't exchange it
-FAILED = "cml-runner: bootstrap failed"  # what the console says then, and the reason
-UV = "https://github.com/astral-sh/uv/releases/download/0.11.12/uv-{}-unknown-linux-gnu.tar.gz"
-UV_SHA256 = {
-    "x86_64": "9acdecddacba550ee616c02bb4616d894352022550c5977524556fd5077ce1d4",
-    "aarch64": "d6e3e5183e71bbd40400da3d2913743cefb98835d8312a5e7908c33865597515",
-}
-PATIENCE = 15  # minutes for the whole script
 
 READY = """\
 #!/bin/sh
 exec {command} {url}
 """
 
-# Whatever ends the supervisor ends the machine, and nothing outlives the deadline: init sees to it.
-UNITS = """\
-cat >/etc/systemd/system/cml-runner.service <<'END'
-[Unit]
-Description=Supervisor of a CI runner
-After=network-online.target
-Wants=network-online.target
-SuccessAction=poweroff-force
-FailureAction=poweroff-force
-
-[Service]
-ExecStart=/opt/cml-runner/bin/python -m cml_runner.supervise {unit_url}
-{stopped}Environment=HOME=/root LANG=C.UTF-8
-WorkingDirectory=/root
-OOMScoreAdjust=-900
-OOMPolicy=continue
-TasksMax=infinity
-KillMode=mixed
-TimeoutStopSec=100
-StandardOutput=journal+console
-StandardError=inherit
-
-[Install]
-WantedBy=multi-user.target
-END
-"""
-
+# The timer comes first, so that nothing outlives the deadline, whatever fails.
 DEADLINE = """\
-step='the deadline has passed already'
+step='setting the deadline, which may have passed'
 [ "$(date +%s)" -lt {epoch} ]
-step='setting the deadline'
-cat >/etc/systemd/system/cml-runner-deadline.service <<'END'
+unit=cml-runner-deadline
+cat >/etc/systemd/system/$unit.service <<END
 [Service]
-Type=oneshot
-ExecStart=/bin/systemctl --force poweroff
+ExecStart=systemctl --force poweroff
 END
-cat >/etc/systemd/system/cml-runner-deadline.timer <<'END'
+cat >/etc/systemd/system/$unit.timer <<END
 [Timer]
 OnCalendar={calendar} UTC
 AccuracySec=1s
 Persistent=true
-
 [Install]
 WantedBy=timers.target
 END
-systemctl daemon-reload
-systemctl enable --quiet --now cml-runner-deadline.timer
+systemctl enable -q --now $unit.timer
 """
 
-INSTALLED = """\
-installed() {{
-  [ -x "$place/bin/python" ] && "$place/bin/python" - {version} <<'END'
-import sys, cml_runner
-sys.exit(cml_runner.__version__ != sys.argv[1])
+# Debian's place for them, or else Red Hat's.
+AUTHORITIES = """\
+step='trusting more authorities'
+cat >/run/cml-runner.crt <<'END'
+{authorities}
 END
-}}
+if command -v update-ca-certificates; then
+  cp /run/cml-runner.crt /usr/local/share/ca-certificates
+  update-ca-certificates
+else
+  cp /run/cml-runner.crt /etc/pki/ca-trust/source/anchors
+  update-ca-trust
+fi
 """
 
 # With Python, since it is wherever cloud-init is; curl and wget aren't.
-INSTALL = """\
-if ! installed; then
-  step='downloading uv'
-  rm -rf "$place"
-  mkdir -p "$place-uv"
-  case "$(uname -m)" in
-    x86_64) url={uv_x64} sha256={sha256_x64} ;;
-    aarch64) url={uv_arm64} sha256={sha256_arm64} ;;
-  esac
-  python3 - "$url" "$sha256" "$place-uv/uv" <<'END'
-import hashlib, io, sys, tarfile, time, urllib.request
-url, sha256, place = sys.argv[1:]
-for pause in (1, 2, 5, 10, 20, 30, 0):
-    try:
-        content = urllib.request.urlopen(url, timeout=60).read()
-        break
-    except OSError as error:
-        print(url, error, flush=True)
-        if not pause:
-            raise
-        time.sleep(pause)
-if hashlib.sha256(content).hexdigest() != sha256:
-    sys.exit(f"{{url}} isn't what it should be: its SHA-256 is another")
-archive = tarfile.open(fileobj=io.BytesIO(content))
-(member,) = (one for one in archive if one.name.endswith("/uv"))
-with open(place, "wb") as file:
-    file.write(archive.extractfile(member).read())
-END
-  chmod 755 "$place-uv/uv"
-  step='installing cml-runner'
-  "$place-uv/uv" venv --quiet --python '>=3.10' "$place"
-  "$place-uv/uv" pip install --quiet --python "$place/bin/python" \\
-    {index}{requirement}
-  rm -rf "$place-uv"
-fi
-"""
-
 MACHINE = """\
 #!/bin/sh
-# Prepares this machine for cml-runner {version}, and starts its supervisor.
 set -eu
 umask 022
-export HOME=/root LANG=C.UTF-8 UV_SYSTEM_CERTS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1 UV_HTTP_RETRIES=8
+export HOME=/root LANG=C.UTF-8{proxies}
 log=/var/log/cml-runner-bootstrap.log
-step=beginning
-exec >"$log" 2>&1
-
+exec >$log 2>&1
 failed() {{
-  trap - EXIT
-  for console in /dev/console /dev/ttyS0; do
-    {{ echo "{failed}: $step"; tail -n 20 "$log"; }} 2>/dev/null >"$console" || true
+  [ $? = {told} ] || for console in /dev/console /dev/ttyS0; do
+    {{ echo "{failed}: $step"; tail -n 20 $log; }} >$console || :
   done
+  trap - EXIT
   sync
   sleep 2
-{end}  systemctl --force poweroff || poweroff -f
+  systemctl --force poweroff || poweroff -f
 }}
 trap failed EXIT
-(sleep {patience}m; step='not done within {patience} minutes'; failed) &
-watch=$!
-
-{prelude}{deadline}
-# Clones of an image that was not cleaned share an identity, by which GitLab tells runners apart.
-step='giving this machine an identity of its own'
-booted="$(($(date +%s) - $(cut -d . -f 1 /proc/uptime)))"
-if [ "$(stat -c %Y /etc/machine-id)" -lt "$((booted - 60))" ]; then
-  {{ rm -f /etc/machine-id && systemd-machine-id-setup &&
-    systemctl try-restart systemd-journald.service; }} || true
-fi
-
-step='stopping automatic upgrades'
-systemctl mask --quiet --now apt-daily.timer apt-daily-upgrade.timer \\
-  unattended-upgrades.service || true
-
-place=/opt/cml-runner
-{installed}{install}
-step='starting the supervisor'
-{units}
-systemctl daemon-reload
-systemctl enable --quiet cml-runner.service
-systemctl start --no-block cml-runner.service
+{deadline}{authorities}step='fetching the program'
+mkdir -p /opt/cml-runner/programs
+python3 -u - {arguments} <<'END'
+{first}
+END
 trap - EXIT
-kill "$watch" || true
 """
 
 # Nobody can look into a container that ended: all that is said here goes into its log.
 CONTAINER = """\
 #!/bin/sh
-# Prepares this container for cml-runner {version}, and becomes its supervisor.
+# Starts the program of cml-runner, which prepares this container.
 set -eu
 umask 022
-export LANG=C.UTF-8 UV_SYSTEM_CERTS=1 UV_NO_CACHE=1 UV_NO_CONFIG=1 UV_HTTP_RETRIES=8
+export LANG=C.UTF-8{proxies}
 step=beginning
 failed() {{
   trap - EXIT
@@ -195,11 +107,6 @@ failed() {{
 }}
 trap failed EXIT
 trap 'trap - EXIT; exit {interrupted}' TERM
-
-step='reading the settings'
-[ "$(id -u)" != 0 ] || chmod 755 {base} {work}
-(umask 077 && mkdir -p {directory} && cat {settings} >{directory}/settings.json)
-
 if ! command -v python3 >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   step='installing what the image lacks'
   missing=
@@ -210,16 +117,12 @@ if ! command -v python3 >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >
   apt-get -qq update
   apt-get -qq install --no-install-recommends ca-certificates python3 $missing
 fi >&2
-
-step='looking for python3, which the image must have unless its user is root'
-command -v python3 >/dev/null
-place=/opt/cml-runner
-{installed}installed || place={base}/program
-{install}
-step='starting the supervisor'
-cd {work}
+step='looking for Python 3.9 or newer, which the image must have unless its user is root'
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))'
+export {images_path}="${{PYTHONPATH-}}" PYTHONPATH={wheel}
+cd /
 trap - EXIT TERM
-exec "$place/bin/python" -m cml_runner.supervise {url}
+exec python3 -m cml_runner.boot container {arguments}
 """
 
 
@@ -228,32 +131,24 @@ def ready(url: str, command: Sequence[str]) -> str:
     return READY.format(command=" ".join(map(quote, command)), url=quote(url))
 
 
-def machine(
-    url: str, program: Program, expires: datetime | None, *, prelude: str = "", end: str = ""
-) -> str:
-    """Write the script for a machine of a cloud, which cloud-init runs once, as root.
+def machine(url: str, program: Program, expires: datetime | None, count: int = 1) -> str:
+    """Write the script for one of so many machines of a cloud; cloud-init runs it once, as root.
 
-    It installs exactly this version unless the image has it, in /opt/cml-runner, starts the
-    supervisor as a service and arms a timer for the deadline. Whatever fails, the reason is
-    written to the console and the machine powers itself off.
-
-    Where this alone doesn't end a machine, `end` names a program that does, called with "failed"
-    if the machine couldn't be prepared, and with "over" after the supervisor's end. The prelude
-    makes it, and whatever else must be there first.
+    It arms a timer for the deadline, fetches the program from the bucket in which the settings
+    are, checks it, and has it prepare the machine (`cml_runner.boot`). If that can't even begin,
+    the machine powers itself off; the console says why.
 
     Raises ConfigurationError if the script is longer than LIMIT or would tell a secret.
     """
+    more = ("--index", _public(program.index), "--count", str(count))
     text = MACHINE.format(
-        version=quote(program.version),
         failed=FAILED,
-        patience=PATIENCE,
+        told=TOLD,
+        proxies=_exported(program),
         deadline=_deadline(expires),
-        units=UNITS.format(
-            unit_url=_escaped(url), stopped=f"ExecStopPost=-{end} over\n" if end else ""
-        ),
-        prelude=f"step='looking around'\n{prelude}\n" if prelude else "",
-        end=f"  {end} failed || true\n" if end else "",
-        **_program(program),
+        authorities=_authorities(program.authorities),
+        arguments=" ".join(map(quote, (url, program.sha256, *more))),
+        first=first(boot.cloud(url)),
     )
     if len(text.encode()) > LIMIT:
         msg = f"the machine's start script has {len(text.encode())} bytes; {LIMIT} are allowed"
@@ -261,51 +156,93 @@ def machine(
     return text
 
 
-def container(settings: str, url: str, program: Program) -> str:
+def container(settings: str, url: str, program: Program, wheel: str) -> str:
     """Write the script that a container runs, under whatever user its image has.
 
-    Both the directory above that of the URL and WORK must be there, and writable for the user. It
-    puts the settings, a file, into the directory at the URL, installs exactly this version
-    unless the image has it, in /opt/cml-runner, and becomes the supervisor. An image without
-    Python must be one of Debian's or Ubuntu's, whose user is root. Whatever fails, the reason is
-    the last line.
+    The settings and the wheel are files in it. Both the directory above that of the URL and
+    boot.prepare.WORK must be there, and writable for the user. An image without Python must be
+    one of Debian's or Ubuntu's, whose user is root. Whatever fails, the reason is the last line.
 
     Raises ConfigurationError if it would tell a secret.
     """
-    directory = PurePosixPath(urlsplit(url).path)
+    more = ("--index", _public(program.index), "--settings", settings)
     return CONTAINER.format(
-        version=quote(program.version),
         failed=FAILED,
         interrupted=INTERRUPTED,
-        settings=quote(settings),
-        work=WORK,
-        base=quote(str(directory.parent)),
-        directory=quote(str(directory)),
-        url=quote(url),
-        **_program(program),
+        proxies=_exported(program),
+        images_path=IMAGES_PATH,
+        wheel=quote(wheel),
+        arguments=" ".join(map(quote, (url, *more))),
     )
 
 
-def _program(program: Program) -> dict[str, str]:
-    """Write what installs the program. Raises ConfigurationError."""
-    for what in (program.requirement, program.index, program.uv):
-        _must_be_public(what)
-    given, _, sha256 = program.uv.partition("#sha256=")
-    archives = {
-        arch: (given or UV.format(arch), sha256 if given else UV_SHA256[arch]) for arch in UV_SHA256
-    }
-    version = quote(program.version)
-    return {
-        "installed": INSTALLED.format(version=version),
-        "install": INSTALL.format(
-            uv_x64=quote(archives["x86_64"][0]),
-            sha256_x64=quote(archives["x86_64"][1]),
-            uv_arm64=quote(archives["aarch64"][0]),
-            sha256_arm64=quote(archives["aarch64"][1]),
-            index=f"--default-index {quote(program.index)} " if program.index else "",
-            requirement=quote(program.requirement),
-        ),
-    }
+def first(cloud: str) -> str:
+    """Write stage 0 for a cloud's machines: its modules, without what only readers need."""
+    body: list[ast.stmt] = []
+    for name in (f"first_{cloud}.py", "first.py"):
+        content = get_data(boot.__name__, name)
+        assert content is not None
+        body += _Bare().visit(ast.parse(content)).body
+    text = ast.unparse(ast.Module([*_imports(body), *_others(body)], []))
+    lines = (re.sub("^ +", lambda indent: indent[0][::4], one) for one in text.splitlines() if one)
+    return "\n".join((*lines, "main(*sys.argv[1:])"))
+
+
+class _Bare(ast.NodeTransformer):
+    """Leaves out docstrings, types, and what is imported for them."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Keep what a function does."""
+        node.returns = None
+        for one in (*node.args.args, *([node.args.vararg] if node.args.vararg else ())):
+            one.annotation = None
+        node.body = [one for one in node.body if not _is_text(one)]
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        """Keep none of a module's own words."""
+        return None if _is_text(node) else node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
+        """Keep what is needed when it runs."""
+        return None if node.module in ("__future__", "typing") else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        """Likewise."""
+        return None if getattr(node.test, "id", "") == "TYPE_CHECKING" else node
+
+
+def _imports(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """Import in one line what comes from one place."""
+    found: dict[str, dict[str, None]] = {}
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = found.setdefault(getattr(node, "module", ""), {})
+            names.update({one.name: None for one in node.names})
+    return [
+        ast.ImportFrom(module, [ast.alias(name) for name in names], 0)
+        if module
+        else ast.Import([ast.alias(name) for name in names])
+        for module, names in found.items()
+    ]
+
+
+def _others(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    return [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _exported(program: Program) -> str:
+    """Export the proxies, which may be needed before the settings can be read."""
+    pairs = sorted(program.proxies.items())
+    return "".join(f" {name}={quote(_public(value))}" for name, value in pairs)
+
+
+def _authorities(text: str) -> str:
+    return AUTHORITIES.format(authorities=text.strip()) if text else ""
 
 
 def _deadline(expires: datetime | None) -> str:
@@ -315,13 +252,8 @@ def _deadline(expires: datetime | None) -> str:
     return DEADLINE.format(epoch=int(expires.timestamp()), calendar=calendar)
 
 
-def _escaped(text: str) -> str:
-    """Quote a word for a unit file, where % and $ are special."""
-    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{plain}"'
-
-
-def _must_be_public(text: str) -> None:
+def _public(text: str) -> str:
     if re.search(r"://[^/\s]*@", text):
         msg = "a machine's start script holds no credentials: take them out of the address"
         raise ConfigurationError(msg)
+    return text

@@ -96,9 +96,8 @@ def _clouds(options: Options) -> list[Place]:
 
 def _task(options: Options, cloud: str) -> Task:
     """Describe what would be launched on a cloud; others' own options mean nothing to it."""
-    machine, program, count = reading.machine(options, cloud)
-    identifier = Identifier.new("doctor")
-    return Task(id=identifier, settings="{}", machine=machine, program=program, count=count)
+    machine, count = reading.machine(options, cloud)
+    return Task(id=Identifier.new("doctor"), settings="{}", machine=machine, count=count)
 
 
 def _examined(place: Place) -> list[Finding]:

@@ -8,7 +8,7 @@ RunnerError                   exit code
 ├── NoCapacity                6   the cloud has no such machine for us now, or the quota is used up
 ├── JobRunning                7   the runner is busy, so it can't be removed
 ├── AgentFailed               8   the forge's runner program gave up
-├── MissingDependency         9   pip install 'cml-runner[aws]'
+├── MissingDependency         9   a package or a program isn't installed; says how to install it
 ├── CleanupFailed            10   something that costs money may still exist: it is listed
 └── NotReady                 11   launched, but not online in time; says why and what was deleted
 """
@@ -81,10 +81,6 @@ class MissingDependency(RunnerError):
     """What was asked for, a cloud mostly, needs packages or a program that aren't installed."""
 
     exit_code = 9
-
-    def __init__(self, extra: str, message: str = "") -> None:
-        more = f"{extra} needs more packages: pip install 'cml-runner[{extra}]'"
-        super().__init__(message or more)
 
 
 class CleanupFailed(RunnerError):

@@ -240,6 +240,7 @@ def details(found: Found) -> dict[str, Any]:
                 "job": status.job.name if status.job else "",
                 "jobUrl": status.job.url if status.job else "",
                 "agent": status.version,
+                "program": status.program,
             }
             for rank, status in statuses.items()
         ],

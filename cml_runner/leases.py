@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cml_runner import store
+from cml_runner.boot.objects import clear
+from cml_runner.boot.objects import finish as _finish
 from cml_runner.errors import ConfigurationError, NotFound
 from cml_runner.model import Identifier, Lease
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from cml_runner.store import Store
 
 LEASES, TASKS = "leases", "tasks"  # what is in a bucket
+RENEWED = timedelta(days=30)  # the age at which a program is put again; buckets forget it at 60
 LAUNCH = timedelta(hours=1)  # the longest that one can take
 AT_ONCE = 16  # objects read
 
@@ -105,18 +108,8 @@ def mistakes(task: Task, days: int) -> list[str]:
 
 
 def finish(leases: Store, identifier: Identifier) -> None:
-    """Delete a task's lease, or leave it without an end to whoever will delete the data."""
-    claim = leases.load(key(identifier), Claim)
-    if claim and claim.keeps and claim.launched:
-        leases.save(key(identifier), replace(claim, expires=None))
-    else:
-        leases.delete(key(identifier))
-
-
-def clear(objects: Store) -> None:
-    """Delete the settings, and all else that nobody wants to read when the task is over."""
-    objects.delete(store.SETTINGS)
-    objects.remove([one for one in objects.keys("") if not store.kept(one)])
+    """Delete a task's lease, or leave it without an end to who will delete the data."""
+    _finish(leases, str(identifier))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +129,11 @@ class Bucket:
     @property
     def leases(self) -> Store:
         """Where its lease is."""
+        raise NotImplementedError
+
+    @property
+    def programs(self) -> Store:
+        """Where the programs are that machines run; machines only read there."""
         raise NotImplementedError
 
     def create(self) -> bool:
@@ -195,3 +193,28 @@ class Settings:
     def delete(self) -> None:
         """Delete them, and all else that nobody wants to read when the task is over."""
         clear(self.bucket.store)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What the machines run: the launcher's own program, shared by all tasks that run the same."""
+
+    bucket: Bucket
+    label: str = "program"
+
+    @property
+    def needs(self) -> tuple[Bucket, ...]:
+        """Before the lease is there, there may be no bucket."""
+        return (self.bucket,)
+
+    def create(self) -> bool:
+        """Put it there, unless it will be there for long enough."""
+        program, programs = self.bucket.task.program, self.bucket.programs
+        name = f"{program.sha256}.whl"
+        written = programs.when(name)
+        if written is None or datetime.now(timezone.utc) - written > RENEWED:
+            programs.write(name, program.wheel)
+        return bool(self.bucket.ours)
+
+    def delete(self) -> None:
+        """Leave it to others, and to the bucket, which forgets it some day."""

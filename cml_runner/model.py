@@ -131,12 +131,13 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Which cml-runner a machine installs, and from where. Nothing in it is secret."""
+    """The program that a task's machines run, and what they need to fetch it. Not secret."""
 
-    version: str = ""  # exactly this one; empty: the machine has our program already
-    requirement: str = ""  # "cml-runner[aws]==1.2.3", "cml-runner[aws] @ https://…"
-    index: str = ""  # of packages: a private mirror; empty: uv's own
-    uv: str = ""  # URL#sha256=HEX of the archive with uv; empty: the release that we know
+    wheel: bytes = field(default=b"", repr=False)  # empty: machines have our program already
+    sha256: str = ""  # of the wheel, in hexadecimal digits
+    index: str = ""  # address of the package index for its dependencies, without a login
+    proxies: Mapping[str, str] = field(default_factory=dict)  # HTTPS_PROXY, …; without a login
+    authorities: str = ""  # PEM of --machine-ca: needed before the settings can be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +320,8 @@ class Settings:
     workdir: str = ""  # empty: one of our own, or below the current directory
     startup: str = field(default="", repr=False)  # a script to run first
     docker_volumes: tuple[str, ...] = ()
+    authorities: str = ""  # PEM: certificates that the machine trusts beside its system's own
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)  # HTTPS_PROXY, …
     script: Script | None = None  # in an agent's place
 
 
@@ -346,6 +349,7 @@ class Status:
     job: Job | None = None
     version: str = ""  # of the agent
     code: int = 0  # exit code of our error, if it failed
+    program: str = ""  # first 12 digits of the SHA-256 of the machine's program
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
     Handler = Callable[[int, object], None] | signal.Handlers
 
-# Whatever asks us to end: Ctrl-C, somebody's kill, the terminal that goes away.
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Whatever asks us to end: Ctrl-C, somebody's kill, the terminal that goes away (not on Windows).
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+ENDING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def handled(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[Non
 
     SIGHUP stays ignored where it is: nohup means that we go on when the terminal goes away.
     """
-    hung_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    taken = [number for number in numbers if not (hung_up and number == signal.SIGHUP)]
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    taken = [number for number in numbers if number not in ignored or number.name != "SIGHUP"]
     before = [signal.signal(number, handler) for number in taken]
     try:
         yield

@@ -16,6 +16,19 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
+from cml_runner.boot.objects import (
+    DATA,
+    LEFT,
+    PRICE,
+    RECALL,
+    RESUME,
+    SETTINGS,
+    kept,
+    left,
+    log,
+    place,
+    status,
+)
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
 
 if TYPE_CHECKING:
@@ -28,18 +41,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Machines need some names before msgspec and obstore are there.
+__all__ = [
+    "DATA",
+    "LEFT",
+    "PRICE",
+    "RECALL",
+    "RESUME",
+    "SETTINGS",
+    "kept",
+    "left",
+    "place",
+    "status",
+]
+
 PATIENCE: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(seconds=30)}
-SETTINGS = "settings.json"  # model.Settings; secret; gone once the task is over
-PRICE = "price.json"  # model.Bill, where a price is known
 SAID = "cml-runner-status: "  # begins a line of a machine's output which holds its model.Status
 TOLD = "cml-runner-result: "  # likewise, a model.Result
-LEFT = "left-"
-DATA = "data"  # folder of a task's snapshots: transfer.History
 LABEL = f"{DATA}/task.json"  # what has to be known of them
 WORDS = f"{DATA}/words/"  # what machines that speak aloud have said, once they are gone
 PUSHED = "push"  # the name of what its launcher has sent; those of machines are their ranks
-RECALL = "recall"  # an empty object: machines stop, and keep their data
-RESUME = "resume.json"  # with what a task can be started again; secret; gone once it is over
 GONE = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
 DENIED = (
     *("AccessDenied", "AuthorizationPermissionMismatch", "AuthorizationFailure"),
@@ -48,35 +69,14 @@ DENIED = (
 SEGMENT = 64 * 1024  # bytes; objects can't be appended to, so a log is many of them
 
 
-def status(rank: int) -> str:
-    """Name the object that holds a machine's model.Status."""
-    return f"status-{rank:03}.json"
-
-
-def place(rank: int, generation: int | None = None) -> str:
-    """Name the object that holds a model.Place, or what the names of all generations begin with."""
-    return f"place-{rank:03}-" + ("" if generation is None else f"{generation:04}")
-
-
 def result(rank: int) -> str:
     """Name the object that holds a rank's model.Result."""
     return f"result-{rank:03}.json"
 
 
-def left(rank: int) -> str:
-    """Name the empty object which says that nobody is needed in a place any more."""
-    return f"{LEFT}{rank:03}"
-
-
 def interruption(job: Job) -> str:
     """Name the object that holds a job's model.Interruption."""
     return f"interrupted-{job.key}.json"
-
-
-def kept(key: str) -> bool:
-    """Say if an object remains when its task is over: what people may still want to read."""
-    words = ("log-", "status-", "events", "result-", PRICE, RECALL, RESUME, f"{DATA}/")
-    return key.startswith(words)
 
 
 class Store:
@@ -223,11 +223,7 @@ class Store:
     def load(self, key: str, kind: type[T]) -> T | None:
         """Return a dataclass that was saved; None if there is no such object."""
         content = self.read(key)
-        try:
-            return None if content is None else msgspec.json.decode(content, type=kind)
-        except msgspec.MsgspecError as error:
-            msg = f"{self.url}/{key} was damaged, or written by another version: {error}"
-            raise RunnerError(msg) from error
+        return None if content is None else decoded(content, kind, f"{self.url}/{key}")
 
     def save(self, key: str, value: Any) -> None:
         """Keep a dataclass."""
@@ -235,7 +231,7 @@ class Store:
 
     def log(self, rank: int) -> str:
         """Return all that a machine, and those in whose place it came, have logged so far."""
-        parts = (self.read(key) or b"" for key in self.keys(f"log-{rank:03}-"))
+        parts = (self.read(key) or b"" for key in self.keys(log(rank)))
         return b"".join(parts).decode(errors="replace")
 
     def ranks(self) -> list[int]:
@@ -325,7 +321,7 @@ class Log:
     def __init__(self, store: Store, rank: int, epoch: int | None = None) -> None:
         """Go on where others have ended; with an epoch they may go on writing, too."""
         self._store = store
-        self._prefix = f"log-{rank:03}-" + ("" if epoch is None else f"{epoch:06}-")
+        self._prefix = log(rank) + ("" if epoch is None else f"{epoch:06}-")
         self._number = len(store.keys(self._prefix))
         self._new: deque[bytes] = deque()  # taken by any thread, written by one
         self._text = b""
@@ -357,6 +353,15 @@ def opened(url: str) -> Store:
 def encoded(value: Any) -> bytes:
     """Write a dataclass as it is saved."""
     return msgspec.json.encode(value)
+
+
+def decoded(content: bytes, kind: type[T], what: str) -> T:
+    """Read a dataclass that was saved. Raises RunnerError."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.MsgspecError as error:
+        msg = f"{what} was damaged, or written by another version: {error}"
+        raise RunnerError(msg) from error
 
 
 @contextmanager

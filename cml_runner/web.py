@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -18,6 +17,9 @@ from typing import IO, TYPE_CHECKING
 
 from cml_runner import times
 from cml_runner.errors import AgentFailed, RunnerError
+
+with suppress(ImportError):  # on Windows, where launchers may be, but no runner
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

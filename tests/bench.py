@@ -187,6 +187,8 @@ def measure(bench: Bench) -> None:
         bench_azure.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
     with tried("Google Cloud"):
         bench_gcp.launches(bench.run, show, PROGRAM, Local(bench.root).repo)
+    with tried("the program's wheel"):
+        bench_aws.wheels(show)
     with tried("AWS, in the lab"):
         bench_aws.boots(show)
     with tried("Kubernetes, in the lab"):

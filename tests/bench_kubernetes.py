@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WHERE = ("--cloud", "kubernetes", "--cloud-type", "0.1-500", "--idle-timeout", "never")
 IMAGE = ("--cloud-image", "lab.example/system:1")
+READY = ("--cloud-image", "lab.example/ready:1")  # with all that our program depends on
 
 
 def launches(show: Callable[..., None]) -> None:
@@ -31,7 +32,8 @@ def launches(show: Callable[..., None]) -> None:
         return
     with tempfile.TemporaryDirectory() as directory, Country(prepared, Path(directory)) as country:
         with country.town(Path(directory)) as town:
-            _online(town, show)
+            _online(town, show, IMAGE, "stock image")
+            _online(town, show, READY, "image with our environment")
         for count in (1, 50):
             with country.town(Path(directory)) as town:
                 _launch(country, town, count, show)
@@ -51,11 +53,12 @@ def _launch(country: Country, town: Town, count: int, show: Callable[..., None])
     town.cli("destroy", json.loads(done.stdout)["id"], "--cloud", "kubernetes")
 
 
-def _online(town: Town, show: Callable[..., None]) -> None:
-    start = time.monotonic()
-    done = town.cli("launch", *WHERE, *IMAGE)
+def _online(town: Town, show: Callable[..., None], image: tuple[str, ...], what: str) -> None:
+    start, before = time.monotonic(), town.country.index.sent
+    done = town.cli("launch", *WHERE, *image)
     spent = time.monotonic() - start
+    sent = (town.country.index.sent - before) / 1e6
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    show("launch to online: 1 on Kubernetes, in the lab", f"{spent:.2f} s")
+    show(f"launch to online: 1 on Kubernetes, {what}", f"{spent:.2f} s", f"{sent:.1f} MB installed")
     town.cli("destroy", json.loads(done.stdout)["id"], "--cloud", "kubernetes")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from pytest_socket import socket_allow_hosts
 
-from cml_runner import steps
+from cml_runner import steps, trust
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Task
 from tests.lab import cluster
@@ -46,9 +46,11 @@ def _environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("CML_RUNNER_HOME", str(home / ".cml-runner"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # this machine may be one of EC2
     monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", "")  # or of Azure
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # or one of Google's
+    monkeypatch.setattr(trust, "ANCHORS", ())  # or one of a company with an authority of its own
 
 
 @pytest.fixture(scope="session", autouse=True)

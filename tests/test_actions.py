@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,9 @@ class Job:
         """What pip was asked for last."""
         return (self.directory / "pip").read_text().splitlines()[-1]
 
-    def run(self, name: str, **inputs: str) -> list[subprocess.CompletedProcess[str]]:
+    def run(
+        self, name: str, path: str = "", **inputs: str
+    ) -> list[subprocess.CompletedProcess[str]]:
         """Run an action's steps, as far as GitHub would; after the last, the one for the end."""
         given = {**_defaults(name), **{key.replace("_", "-"): one for key, one in inputs.items()}}
         runs = action(name)["runs"]
@@ -78,6 +81,7 @@ class Job:
             assert step["shell"] == "bash"
             own = {key: _evaluated(text, given) for key, text in step.get("env", {}).items()}
             own["GITHUB_ACTION_PATH"] = str(ACTIONS / name)
+            own |= {"PATH": path} if path else {}
             bash = ("bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"])
             done.append(self._run(bash, own))
             if done[-1].returncode:
@@ -225,6 +229,127 @@ def test_setting_up(job: Job, clouds: str, extras: str) -> None:
     assert done.returncode == 0, done.stderr
     assert job.installed == f"{ACTIONS.parent}{extras}"
     assert job.path.read_text() == f"{job.directory}/cml-runner/bin\n"
+
+
+class Computer:
+    """A computer for setting up: what is on its PATH is what a test puts there, and bash's own."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.programs = job, job.directory / "programs"
+        self.programs.mkdir()
+        for name in ("bash", "cat", "chmod", "cp", "dirname", "mkdir", "rm"):
+            found = shutil.which(name)
+            assert found
+            (self.programs / name).symlink_to(found)
+        shutil.rmtree(job.directory / "cml-runner")
+
+    def has(self, name: str, script: str) -> None:
+        """Put a program there; `$said` is where it writes down what it was called with."""
+        said = f'said="{self.job.directory}/said"\necho "{name} $*" >>"$said"\n'
+        (self.programs / name).write_text(f"#!/bin/bash\n{said}{script}\n")
+        (self.programs / name).chmod(0o755)
+
+    def set_up(self, **inputs: str) -> subprocess.CompletedProcess[str]:
+        (done,) = self.job.run("setup", path=str(self.programs), **inputs)
+        return done
+
+    @property
+    def said(self) -> list[str]:
+        return (self.job.directory / "said").read_text().splitlines()
+
+
+@pytest.fixture
+def computer(job: Job) -> Computer:
+    return Computer(job)
+
+
+# Stand-ins for Python and uv: what they leave behind in an environment are the stubs of above.
+MAKE = """\
+    mkdir -p "$place/%(bin)s"
+    for one in %(names)s; do
+        printf '#!/bin/bash\\necho "%%s $*" >>"%%s"\\n' "$one" "$said" >"$place/%(bin)s/$one"
+        chmod +x "$place/%(bin)s/$one"
+    done
+"""
+UNIX = {"bin": "bin", "names": "python pip cml-runner"}
+PYTHON = """\
+case "$*" in
+    -c*) exit 0 ;;
+    "-m venv "*) place=$3
+%s ;;
+    *) exit 1 ;;
+esac"""
+NO_VENV = "mkdir -p $3/bin; echo 'ensurepip is not available'; exit 1"
+UV = f"""\
+if [ "$1" = venv ]; then
+    place="${{@: -1}}"
+{MAKE % {**UNIX, "names": "python cml-runner"}}
+fi"""
+
+
+def test_setting_up_with_venv(computer: Computer) -> None:
+    computer.has("python3", PYTHON % (MAKE % UNIX))
+    done = computer.set_up(clouds="aws")
+    assert done.returncode == 0, done.stderr
+    assert computer.said[-2].startswith("pip install ")
+    assert computer.said[-2].endswith(f" {ACTIONS.parent}[aws]")
+    assert computer.said[-1] == "cml-runner --version"
+    assert computer.job.path.read_text() == f"{computer.job.directory}/cml-runner/bin\n"
+
+
+def test_setting_up_without_venv(computer: Computer) -> None:
+    computer.has("python3", PYTHON % NO_VENV)
+    computer.has("uv", UV)
+    done = computer.set_up(clouds="aws")
+    assert done.returncode == 0, done.stderr
+    place = f"{computer.job.directory}/cml-runner"
+    assert computer.said[-3:] == [
+        f"uv venv --quiet --python >=3.10 {place}",
+        f"uv pip install --quiet --python {place}/bin/python {ACTIONS.parent}[aws]",
+        "cml-runner --version",
+    ]
+    assert computer.set_up(clouds="gcp").returncode == 0, "it may be called again"
+    assert computer.said[-2].endswith(f" {ACTIONS.parent}[gcp]")
+
+
+def test_setting_up_with_an_old_python_and_uv(computer: Computer) -> None:
+    computer.has("python3", "exit 1")
+    computer.has("uv", UV)
+    assert computer.set_up().returncode == 0
+
+
+def test_setting_up_with_pip_alone(computer: Computer) -> None:
+    computer.has("uv", UV)
+    uv = computer.job.directory / "uv"
+    (computer.programs / "uv").rename(uv)
+    put = f'mkdir -p "${{@: -1}}/bin"; cp {uv} "${{@: -1}}/bin/uv"'
+    computer.has(
+        "python3", PYTHON.replace("    *) exit", f'    "-m pip "*) {put} ;;\n    *) exit') % NO_VENV
+    )
+    done = computer.set_up(clouds="aws")
+    assert done.returncode == 0, done.stderr
+    assert computer.said[-2].startswith("uv pip install ")
+
+
+@pytest.mark.parametrize("python", ["", "exit 1", PYTHON % NO_VENV])
+def test_what_is_missing_is_said_in_one_line(computer: Computer, python: str) -> None:
+    if python:
+        computer.has("python3", python)
+    done = computer.set_up(clouds="aws")
+    assert (done.returncode, done.stderr) == (1, "")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("::error::cml-runner needs Python 3.10")
+
+
+def test_setting_up_on_windows(computer: Computer) -> None:
+    names = {"bin": "Scripts", "names": "python.exe pip.exe cml-runner.exe"}
+    computer.has("python", PYTHON % (MAKE % names))
+    computer.has("cygpath", """[ "$1" = -m ] && echo "$2" || echo "${2//\\//\\\\}" """)
+    script = computer.job.directory / "cml-runner" / "bin" / "cml-runner"
+    done = computer.set_up(clouds="aws")
+    assert (computer.job.directory / "cml-runner" / "bin" / "cml-runner.exe").exists(), done.stderr
+    assert [one for one in computer.said if one.startswith("pip.exe install ")]
+    assert computer.job.path.read_text() == f"{script.parent}\n".replace("/", "\\")
 
 
 def test_clearing_up(job: Job) -> None:

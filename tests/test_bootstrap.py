@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import re
+import ast
 import shutil
 import subprocess
 from datetime import datetime, timedelta, timezone
@@ -9,15 +9,28 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cml_runner import bootstrap
+from cml_runner.boot.failing import FAILED
+from cml_runner.boot.prepare import TOLD
 from cml_runner.errors import ConfigurationError
 from cml_runner.model import Program
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-URL = "s3://cml-runner-123456789012-us-west-2/tasks/cml-x-1-2?region=us-west-2#aws/us-west-2/x"
-PROGRAM = Program(version="1.2.3", requirement="cml-runner[aws]==1.2.3")
+LONGEST = "cml-some-repository-of-long-name-aaaaaaaa-bbbbbbbb"
+URLS = {
+    "aws": f"s3://cml-runner-123456789012-ap-southeast-2/tasks/{LONGEST}?region=ap-southeast-2",
+    "azure": f"az://cml-runner/tasks/{LONGEST}?account_name=cml{'0' * 21}"
+    f"&msi_resource_id=%2Fsubscriptions%2F{'0' * 36}%2FresourceGroups%2Fcml-runner-southeastasia"
+    "%2Fproviders%2FMicrosoft.ManagedIdentity%2FuserAssignedIdentities%2Fcml-runner",
+    "gcp": f"gs://cml-runner-{'p' * 30}/tasks/australia-southeast1/{LONGEST}",
+}
+CLOUDS = tuple(URLS)
+URL = f"{URLS['aws']}#aws/ap-southeast-2/{LONGEST}"
+INDEX = "https://index.example/simple/"
+PROGRAM = Program(wheel=b"wheel", sha256="0123456789abcdef" * 4, index=INDEX)
 EXPIRES = datetime(2030, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=2)))
+AUTHORITY = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----"
 
 
 def test_a_ready_machine_just_starts() -> None:
@@ -25,13 +38,32 @@ def test_a_ready_machine_just_starts() -> None:
     assert script == "#!/bin/sh\nexec python -c 'x y' 'file:///a b'\n"
 
 
+@pytest.mark.parametrize("cloud", CLOUDS)
 @pytest.mark.parametrize("expires", [None, EXPIRES])
 @pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
-def test_every_shell_understands_it(expires: datetime | None, shell: str) -> None:
+def test_every_shell_understands_it(cloud: str, expires: datetime | None, shell: str) -> None:
     if not shutil.which(shell):
         pytest.skip(f"no {shell} here")
-    script = bootstrap.machine(URL, PROGRAM, expires)
+    program = Program(sha256="1", authorities=AUTHORITY, proxies={"HTTPS_PROXY": "http://a b/$c"})
+    script = bootstrap.machine(f"{URLS[cloud]}#{cloud}/r/x", program, expires)
     subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_it_is_short_even_with_the_longest_names(cloud: str) -> None:
+    url = f"{URLS[cloud]}#{cloud}/{'r' * 14}/{LONGEST}"
+    assert len(bootstrap.machine(url, PROGRAM, EXPIRES, 1000).encode()) <= 6 * 1024
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_stage_0_is_what_its_modules_say_and_python_3_9_understands_it(cloud: str) -> None:
+    text = bootstrap.first(cloud)
+    tree = ast.parse(text, feature_version=(3, 9))
+    functions = {one.name for one in tree.body if isinstance(one, ast.FunctionDef)}
+    assert {"ask", "end", "fetch", "give_up", "put", "main"} <= functions
+    assert "cml_runner import" not in text
+    assert '"""' not in text
+    assert text.endswith("main(*sys.argv[1:])")
 
 
 def test_the_deadline_is_set_first_and_in_utc() -> None:
@@ -42,51 +74,45 @@ def test_the_deadline_is_set_first_and_in_utc() -> None:
     assert "OnCalendar" not in bootstrap.machine(URL, PROGRAM, None)
 
 
-def test_what_ends_a_machine_that_is_paid_for_without_power() -> None:
-    script = bootstrap.machine(URL, PROGRAM, EXPIRES, prelude="make /sbin/end", end="/sbin/end")
-    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
-    assert script.index("trap failed EXIT") < script.index("make /sbin/end")
-    assert script.index("make /sbin/end") < script.index("OnCalendar")
-    assert script.index("/sbin/end failed || true") < script.index("systemctl --force poweroff ||")
-    assert "ExecStopPost=-/sbin/end over\n" in script
-    assert "ExecStopPost" not in bootstrap.machine(URL, PROGRAM, EXPIRES)
+def test_the_program_is_named_by_its_hash_alone() -> None:
+    script = bootstrap.machine(URL, PROGRAM, None, 3)
+    (line,) = [line for line in script.splitlines() if line.startswith("python3")]
+    assert line == f"python3 -u - '{URL}' {PROGRAM.sha256} --index {INDEX} --count 3 <<'END'"
+    assert "cml-runner==" not in script
 
 
-def test_exactly_this_version_is_installed() -> None:
-    script = bootstrap.machine(URL, PROGRAM, None)
-    assert "bin/python\" \\\n    'cml-runner[aws]==1.2.3'\n" in script
-    assert "--default-index" not in script
-
-
-def test_a_private_mirror() -> None:
-    program = Program(
-        version="1.2.3",
-        requirement="cml-runner[aws] @ https://mirror.example/x.whl",
-        index="https://mirror.example/simple/",
-        uv="https://mirror.example/uv.tar.gz#sha256=abc",
-    )
+def test_authorities_and_proxies_that_are_needed_at_once() -> None:
+    proxies = {"HTTPS_PROXY": "http://proxy.example:3128", "NO_PROXY": "169.254.169.254"}
+    program = Program(sha256="1", authorities=AUTHORITY, proxies=proxies)
     script = bootstrap.machine(URL, program, None)
-    assert "--default-index https://mirror.example/simple/ 'cml-runner[aws] @ https" in script
-    assert len(re.findall("url=https://mirror.example/uv.tar.gz sha256=abc", script)) == 2
-    assert "github.com" not in script
+    assert f"\n{AUTHORITY}\nEND\n" in script
+    export = next(line for line in script.splitlines() if line.startswith("export "))
+    assert export.endswith(" HTTPS_PROXY=http://proxy.example:3128 NO_PROXY=169.254.169.254")
+    assert script.index("update-ca-trust") < script.index("python3 -")
 
 
-@pytest.mark.parametrize("name", ["requirement", "index", "uv"])
-def test_credentials_are_refused(name: str) -> None:
-    program = Program(**{"version": "1", "requirement": "x", name: "https://me:secret@host/x"})
-    with pytest.raises(ConfigurationError, match="no credentials") as caught:
-        bootstrap.machine(URL, program, None)
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize(
+    "program",
+    [
+        Program(sha256="1", index="https://me:secret@host/x"),
+        Program(sha256="1", proxies={"HTTPS_PROXY": "http://me:secret@host"}),
+    ],
+)
+def test_credentials_are_refused(program: Program) -> None:
+    for write in (
+        lambda: bootstrap.machine(URL, program, None),
+        lambda: bootstrap.container("/settings", "said:///x", program, "/x.whl"),
+    ):
+        with pytest.raises(ConfigurationError, match="no credentials") as caught:
+            write()
+        assert "secret" not in str(caught.value)
 
 
 def test_odd_words_stay_words(tmp_path: Path) -> None:
-    program = Program(version="1", requirement="$(touch here); `touch here` 'x", index="a'b $c")
-    script = bootstrap.machine('s3://x/%u $HOME "y" \\', program, None)
-    unit = re.search("ExecStart=.*", script)
-    assert unit
-    assert unit[0].endswith(r'cml_runner.supervise "s3://x/%%u $$HOME \"y\" \\"')
-    (line,) = [line for line in script.splitlines() if "--default-index" in line]
-    words = line.strip()
+    odd = Program(sha256="$(touch here)", index="`touch here` 'x")
+    script = bootstrap.machine("s3://x/%u $HOME?region=r#aws/r/x", odd, None)
+    (line,) = [line for line in script.splitlines() if line.startswith("python3")]
+    words = line.removeprefix("python3 -u - ").removesuffix(" <<'END'")
     done = subprocess.run(
         ["sh", "-c", f'printf "%s\\n" {words}'],
         cwd=tmp_path,
@@ -94,38 +120,68 @@ def test_odd_words_stay_words(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == ["--default-index", program.index, program.requirement]
+    assert done.stdout.splitlines()[:4] == [
+        "s3://x/%u $HOME?region=r#aws/r/x",
+        odd.sha256,
+        "--index",
+        odd.index,
+    ]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_greedy_job_does_not_take_the_supervisor_with_it() -> None:
-    unit = bootstrap.machine(URL, PROGRAM, None).splitlines()
-    assert {"OOMScoreAdjust=-900", "OOMPolicy=continue", "TasksMax=infinity"} <= set(unit)
-    assert not [line for line in unit if line.startswith("UMask=")]  # jobs would inherit it
-
-
 def test_what_is_too_long_is_refused() -> None:
-    assert len(bootstrap.machine(URL, PROGRAM, EXPIRES)) < bootstrap.LIMIT / 3
     with pytest.raises(ConfigurationError, match="16384 are allowed"):
-        bootstrap.machine(URL, Program(version="1", index="https://x/" + "y" * 16384), None)
+        bootstrap.machine(URL, Program(sha256="1", index="https://x/" + "y" * 16384), None)
 
 
-def test_a_failure_is_told_and_ends_the_machine(tmp_path: Path) -> None:
-    """Run it for real, where all that it calls is a stub which writes down how it was called."""
-    calls = tmp_path / "calls"
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    answers = {"date": "echo 9999999999", "sleep": '[ "$1" != 15m ] || exec /bin/sleep 5'}
-    for name in ("systemctl", "sync", "poweroff", "sleep", "date"):
-        text = f'#!/bin/sh\necho {name} "$@" >>{calls}\n{answers.get(name, "")}\n'
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    script = bootstrap.machine(URL, PROGRAM, EXPIRES)
-    there = {"/var/log": "", "/dev/console": "/console", "/dev/ttyS0": "/no/such/console"}
-    for path, place in {**there, "/etc/systemd/system": ""}.items():
-        script = script.replace(path, f"{tmp_path}{place}")
-    path = f"{tools}:/usr/bin:/bin"
-    subprocess.run(["sh"], input=script, text=True, env={"PATH": path}, check=False)
-    said = (tmp_path / "console").read_text()
-    assert said.startswith(f"{bootstrap.FAILED}: the deadline has passed already\n")
-    assert "systemctl --force poweroff" in calls.read_text()
+class Stubs:
+    """A place where all that the script calls is a stub which writes down how it was called."""
+
+    def __init__(self, directory: Path, expires: datetime | None, python: str) -> None:
+        self.directory, self.calls = directory, directory / "calls"
+        tools = directory / "bin"
+        tools.mkdir()
+        answers = {"python3": python, "date": "echo 1000000000"}
+        for name in ("systemctl", "sync", "poweroff", "sleep", "date", "python3", "mkdir"):
+            text = f'#!/bin/sh\necho {name} "$@" >>{self.calls}\n{answers.get(name, "")}\n'
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        script = bootstrap.machine(URL, PROGRAM, expires)
+        there = {"/var/log": "", "/dev/console": "/console", "/dev/ttyS0": "/no/such/console"}
+        for path, place in {**there, "/etc/systemd/system": ""}.items():
+            script = script.replace(path, f"{directory}{place}")
+        path = f"{tools}:/usr/bin:/bin"
+        subprocess.run(["sh"], input=script, text=True, env={"PATH": path}, check=False)
+
+    @property
+    def console(self) -> str:
+        place = self.directory / "console"
+        return place.read_text() if place.exists() else ""
+
+
+def test_what_can_not_begin_is_told_and_ends_the_machine(tmp_path: Path) -> None:
+    stubs = Stubs(tmp_path, EXPIRES, "echo no such module; exit 1")
+    assert stubs.console == f"{FAILED}: fetching the program\nno such module\n"
+    assert "systemctl --force poweroff" in stubs.calls.read_text()
+
+
+def test_what_was_told_is_not_told_again(tmp_path: Path) -> None:
+    stubs = Stubs(tmp_path, EXPIRES, f"exit {TOLD}")
+    assert stubs.console == ""
+    assert "systemctl --force poweroff" in stubs.calls.read_text()
+
+
+def test_a_machine_that_is_prepared_goes_on(tmp_path: Path) -> None:
+    stubs = Stubs(tmp_path, EXPIRES, "cat >/dev/null")
+    assert stubs.console == ""
+    assert "poweroff" not in stubs.calls.read_text()
+    assert "enable -q --now cml-runner-deadline.timer" in stubs.calls.read_text()
+
+
+def test_a_machine_that_comes_too_late_is_ended(tmp_path: Path) -> None:
+    past = datetime(2001, 1, 1, tzinfo=timezone.utc)
+    stubs = Stubs(tmp_path, past, "")
+    assert stubs.console.startswith(f"{FAILED}: setting the deadline, which may have passed\n")
+    calls = stubs.calls.read_text()
+    assert "python3" not in calls
+    assert "systemctl --force poweroff" in calls

@@ -205,6 +205,20 @@ def test_every_page_is_linked_from_the_readme_or_a_page_that_is() -> None:
     assert sorted(set(PAGES) - seen) == []
 
 
+def test_nobody_is_told_to_install_what_is_not_there() -> None:
+    """The name on the package index isn't in use yet, so an address must follow it."""
+    others = (*(ROOT / "actions").rglob("*.yml"), *(ROOT / ".github" / "examples").glob("*.yml"))
+    places = [ROOT / "README.md", *DOCS.glob("*.md"), *others]
+    told = [
+        line.strip()
+        for place in places
+        for line in place.read_text().splitlines()
+        for name in re.findall(r"install [^`&]*?cml-runner(?:\[[^]]*\])?['\"]?( @ )?", line)
+        if not name
+    ]
+    assert told == []
+
+
 def blocks(page: str) -> list[tuple[str, str]]:
     """The commands of a page, each block with the mark above it, or none."""
     text = (ROOT / page).read_text()
@@ -226,7 +240,7 @@ resource "iterative_task" "train" {
 
 def test_what_is_not_run_here_needs_an_account_or_is_run_by_ci() -> None:
     marks = {mark for page in PAGES for mark, _ in blocks(page)}
-    assert marks == {"", "demo", "needs an account"}
+    assert marks == {"", "demo", "needs a network", "needs an account"}
     assert len(RUN) > 1
 
 

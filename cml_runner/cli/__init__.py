@@ -50,7 +50,14 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="cml-runner")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _option, value: _tell_version(context) if value else None,
+    help="Show the version, with the first digits of the SHA-256 of all its files, and exit.",
+)
 def cli() -> None:
     """Launch CI runners on any cloud, for any git forge.
 
@@ -60,6 +67,17 @@ def cli() -> None:
     6 no capacity, 7 a job is running, 8 the agent failed, 9 a package is missing, 10 something
     may still cost money, 11 not online in time, 130 Ctrl-C, 143 SIGTERM.
     """
+    from cml_runner import trust
+
+    trust.use_system_store()
+
+
+def _tell_version(context: click.Context) -> None:
+    from cml_runner import program
+
+    if not context.resilient_parsing:
+        click.echo(f"cml-runner, version {__version__} ({program.digest()[:12]})")
+        context.exit()
 
 
 class Terminated(KeyboardInterrupt):
@@ -76,7 +94,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _terminate)
     try:

@@ -125,19 +125,7 @@ OLD: dict[str, Any] = {"hidden": True, "help": "Accepted for CML's sake, without
 @options.option(
     "--docker", is_flag=True, help="Have Docker on the machines, where it has to be installed, too."
 )
-@options.option(
-    "--machine-package",
-    metavar="REQUIREMENT",
-    help="What machines install.  [default: this version of cml-runner]",
-)
-@options.option(
-    "--machine-package-index", metavar="URL", help="From where they do: a private mirror."
-)
-@options.option(
-    "--machine-uv",
-    metavar="URL#sha256=HEX",
-    help="From where they have uv.  [default: its release on GitHub]",
-)
+@options.provision
 @options.option("--count", default="1", metavar="N", help="Launch N machines: NAME-0, NAME-1 …")
 @options.option(
     "--max-lifetime",

@@ -103,6 +103,33 @@ def forge(command: F) -> F:
     return command
 
 
+def provision(command: F) -> F:
+    """Add from where machines get packages, and how."""
+    for one in reversed(
+        [
+            option(
+                "--machine-index",
+                metavar="URL",
+                help="Package index for what machines install.  [default: the one your pip uses]",
+            ),
+            option(
+                "--machine-ca",
+                metavar="FILE",
+                help="Certificates (PEM) that machines trust too.  [default: what this computer "
+                "trusts beside the public ones]",
+            ),
+            option(
+                "--machine-proxy",
+                metavar="URL",
+                help="HTTP proxy of the machines.  [default: this computer's]",
+            ),
+            option("--no-machine-proxy", is_flag=True, help="Machines use no proxy."),
+        ]
+    ):
+        command = one(command)
+    return command
+
+
 def place(command: F) -> F:
     """Add where to look."""
     cloud = option(

@@ -32,7 +32,7 @@ def import_(file: Path, output_file: str, resource: str, output: str, *, every: 
     that is long. For an iterative_cml_runner the command line of a launch is printed. What only
     Terraform can know is told, with its line, and kept as a comment. No file is written over.
 
-    It needs: pip install 'cml-runner[import]'
+    A .tf file needs the extra "import". If that is missing, the error says how to install it.
     """
     from cml_runner.errors import ConfigurationError
     from cml_runner.task import conversion, terraform

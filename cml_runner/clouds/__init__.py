@@ -125,7 +125,6 @@ class Cloud(Protocol):
 
     dedicated: ClassVar[bool]  # each machine is a system of its own in which nothing else runs
     keeps: ClassVar[bool]  # tasks with data can be had: Task.keeps, and container()
-    extra: ClassVar[str]  # of our package, which machines need to speak to it; empty: none
     metadata_service: ClassVar[bool]  # a machine's identity can be had over its network
 
     def __init__(self, region: str) -> None:
@@ -210,8 +209,11 @@ class Cloud(Protocol):
         Raises OSError when the metadata service doesn't answer.
         """
 
-    def leave(self, identifier: Identifier, *, last: bool) -> None:
+    def leave(self, identifier: Identifier, url: str, *, last: bool) -> None:
         """End this machine's part of the task, on the machine; the last thing that it does.
+
+        The URL is that of the task's bucket. It doesn't return before it has worked: where it
+        can't be known that this is a machine of the task, it says so and goes on looking.
 
         Other machines of the group are not touched; the last one takes everything with it that
         costs money or is secret. Only logs and status stay, in the bucket; of a task that keeps
@@ -223,11 +225,6 @@ class Cloud(Protocol):
 def named(text: str) -> str:
     """Return a cloud's own name."""
     return ALIASES.get(text, text)
-
-
-def machines_need(name: str) -> str:
-    """Name the extra of our package that the named cloud's machines need."""
-    return str(import_module(f"{__name__}.{name}").Cloud.extra) if name in NAMES else ""
 
 
 def running(instances: Iterable[Instance], wanted: str, group: str, what: str = "machine") -> str:

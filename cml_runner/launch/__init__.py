@@ -61,7 +61,7 @@ class Launch:
 
 
 def settings(order: Order, forge: Forge) -> Settings:
-    """Say all that a supervisor must know; the credential is its only secret."""
+    """Say all that a supervisor must know: the credential is secret, and a proxy's login."""
     return Settings(
         id=order.id,
         driver=order.access.driver,
@@ -80,6 +80,8 @@ def settings(order: Order, forge: Forge) -> Settings:
         sudo=order.sudo,
         docker=order.docker,
         docker_volumes=order.docker_volumes,
+        authorities=order.authorities,
+        proxies=order.proxies,
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import __version__, access, clouds, times
+from cml_runner import access, clouds, times
 from cml_runner.errors import ConfigurationError
+from cml_runner.launch import provision
 from cml_runner.model import Identifier, Machine, Program, names
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ DISK = 35  # GB
 IDLE = (
     "tpi_version", "cml_version", "tf_resource", "gcp_access_token", "runner_path", "destroy_delay",
 )  # fmt: skip
-ONLY_ON_CLOUDS = ("cloud_spot", "cloud_gpu", "cloud_startup_script", "cloud_ssh_private")
+ONLY_ON_CLOUDS = (
+    "cloud_spot", "cloud_gpu", "cloud_startup_script", "cloud_ssh_private",
+    "machine_index", "machine_ca", "machine_proxy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,10 @@ class Options:
     workdir: str = ""
     sudo: bool = True
     docker: bool = False
-    machine_package: str = ""
-    machine_package_index: str = ""
-    machine_uv: str = ""
+    machine_index: str = ""
+    machine_ca: str = ""
+    machine_proxy: str = field(default="", repr=False)
+    no_machine_proxy: bool = False
     count: str = "1"
     max_lifetime: str = "5 days"
     max_price: str = ""
@@ -120,6 +124,8 @@ class Order:
     sudo: bool
     docker: bool
     program: Program
+    authorities: str = field(repr=False)  # PEM: what machines trust beside their system's own
+    proxies: Mapping[str, str] = field(repr=False)  # HTTPS_PROXY, …
     count: int
     expires: datetime | None
     wait: bool
@@ -133,7 +139,7 @@ def read(options: Options, environment: Mapping[str, str]) -> Order:
     return _Reader(options, environment).order()
 
 
-def machine(options: Options, cloud: str) -> tuple[Machine, Program, int]:
+def machine(options: Options, cloud: str) -> tuple[Machine, int]:
     """Understand only what is said of machines, for one of the clouds; and how many there are.
 
     Options that are another cloud's own are left out. Raises ConfigurationError.
@@ -183,7 +189,10 @@ class _Reader:
         wait_timeout = self.duration("--wait-timeout", options.wait_timeout)
         max_price = self.take("--max-price", lambda: _limit(options.max_price), None)
         startup = self.take("--cloud-startup-script", self._startup, "")
-        program = self._program()
+        asked = provision.Asked.among(vars(options))
+        provided = self.take(
+            "", lambda: provision.read(asked, self.environment), provision.Provision()
+        )
         self._together(named, count)
         self._without_effect()
         if self.mistakes or not found:
@@ -210,7 +219,9 @@ class _Reader:
             workdir=options.workdir,
             sudo=options.sudo,
             docker=options.docker,
-            program=program,
+            program=provided.program,
+            authorities=provided.authorities,
+            proxies=provided.proxies,
             count=count,
             expires=datetime.now(timezone.utc) + timedelta(seconds=lifetime) if lifetime else None,
             wait=options.wait,
@@ -219,10 +230,10 @@ class _Reader:
             dry_run=options.dry_run,
         )
 
-    def machine(self) -> tuple[Machine, Program, int]:
+    def machine(self) -> tuple[Machine, int]:
         options = self.options
         count = self.take("--count", lambda: _count(options.count), 1)
-        found = self._machine(), self._program(), count
+        found = self._machine(), count
         self._together(labels(options), count)
         if self.mistakes:
             raise ConfigurationError(*self.mistakes)
@@ -275,22 +286,6 @@ class _Reader:
         """A machine is given a disk of its own; a pod shares that of its node, unless it asks."""
         usual = 0 if self.options.cloud == "kubernetes" else DISK
         return _whole(self.options.cloud_hdd_size, 1) if self.options.cloud_hdd_size else usual
-
-    def _program(self) -> Program:
-        """Say what machines install: this very version, unless another package is named."""
-        options = self.options
-        for flag in ("machine_package", "machine_package_index", "machine_uv"):
-            if re.search(r"://[^/\s]*@", getattr(options, flag)):
-                name = flag.replace("_", "-")
-                self.mistakes.append(f"--{name}: machines can't keep a login secret: leave it out")
-        if options.machine_uv and "#sha256=" not in options.machine_uv:
-            self.mistakes.append("--machine-uv: write URL#sha256=HEX")
-        return Program(
-            version=__version__,
-            requirement=options.machine_package or requirement(options.cloud),
-            index=options.machine_package_index,
-            uv=options.machine_uv,
-        )
 
     def _pairs(self, flag: str, texts: Sequence[str]) -> dict[str, str]:
         found = {}
@@ -359,12 +354,6 @@ def _identifier(name: str, url: str) -> Identifier:
     if name:
         return Identifier.fixed(name, seed=f"{url}\n{name}")
     return Identifier.new(url.rstrip("/").rpartition("/")[2])
-
-
-def requirement(cloud: str) -> str:
-    """Name the package that a machine needs."""
-    extra = clouds.machines_need(cloud)
-    return f"cml-runner{f'[{extra}]' if extra else ''}=={__version__}"
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cml_runner import bootstrap, errors, store, times
+from cml_runner import errors, store, times
+from cml_runner.boot import failing
 from cml_runner.errors import CredentialsError, NoCapacity, NotReady, RunnerError
 from cml_runner.model import Status
 
@@ -126,7 +127,7 @@ class Wait:
     def _crashed(self, crashes: list[str]) -> None:
         """Give up if it makes no sense to wait for the machines in their place."""
         console = self._console()  # once: the next look may be at another machine
-        if bootstrap.FAILED in console:
+        if failing.FAILED in console:
             msg = f"the machine can't be prepared{self._tail(console)}"
             raise NotReady(msg)
         if len(crashes) >= CRASHES:
@@ -139,7 +140,7 @@ class Wait:
         lines = next(filter(None, logs), "").splitlines()[-TAIL:]
         if not lines:
             text = self._console() if console is None else console
-            _, found, after = text.rpartition(bootstrap.FAILED)
+            _, found, after = text.rpartition(failing.FAILED)
             lines = f"{found}{after}".splitlines()[:TAIL] if found else after.splitlines()[-TAIL:]
         return "".join(f"\n  {line}" for line in lines)
 

@@ -13,14 +13,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from cml_runner import bootstrap, clouds, forges, logs, signals, steps, store
+from cml_runner import boot, clouds, forges, logs, signals, steps, store, wait
+from cml_runner.boot import failing, places
+from cml_runner.boot.prepare import INTERRUPTED
 from cml_runner.errors import AgentFailed, AlreadyExists, JobRunning, NotFound, RunnerError
 from cml_runner.model import (
     Exited,
     Identified,
-    Identifier,
     JobEnded,
     JobStarted,
     Notice,
@@ -34,7 +34,7 @@ from cml_runner.model import (
     renamed,
     stands_for,
 )
-from cml_runner.supervise import errands, machine, places, recovery, script, user
+from cml_runner.supervise import errands, machine, network, recovery, script, user
 from cml_runner.supervise.process import Process
 from cml_runner.supervise.report import Report
 from cml_runner.supervise.rules import Rules, State, Stop, step
@@ -56,7 +56,7 @@ GRACE = 10  # seconds for an agent to end once it was asked to
 LONGEST_PAUSE = 30  # seconds before an agent which asks for it is started again
 LAST_WORD = 3  # seconds for all that comes after the last try
 LAST_TRY = 20  # seconds to have a job run again, by a machine which isn't a cloud's
-PATIENCE = 60  # seconds for a new machine to reach its bucket
+PATIENCE = 60  # seconds for a machine to reach its bucket
 EARLY = 60  # seconds before the deadline that an orderly end begins
 MARGIN = 300  # seconds before the forge's own limit that a job is stopped
 
@@ -64,16 +64,18 @@ MARGIN = 300  # seconds before the forge's own limit that a job is stopped
 def run(url: str) -> int:
     """Be the supervisor of a machine; the settings are in the bucket at this URL.
 
-    Returns its exit code: 0, or bootstrap.INTERRUPTED if another machine may come in its place.
+    Returns its exit code: 0, or INTERRUPTED if another machine may come in its place.
 
     What follows a "#", CLOUD/REGION/IDENTIFIER, says which task to end should they be gone.
     """
     bucket = store.opened(url)
     settings = _settings(bucket)
     if settings is None:
-        _leave_for_good(urlsplit(url).fragment)
+        if boot.cloud(url):  # or the group would send one useless machine after the other
+            wait.insist(boot.machine(url).finish)
         msg = f"there are no settings at {url}: this task is over"
         raise NotFound(msg)
+    network.set_up(settings)
     cloud = clouds.load(settings.cloud, settings.region)
     rank = cloud.rank()
     if rank is None:
@@ -81,11 +83,13 @@ def run(url: str) -> int:
         rank = places.take(bucket, count, cloud.machine()) if count > 1 else 0
         if rank in places.left(bucket):
             log.info("nobody is needed here any more")
-            cloud.leave(settings.id, last=places.leave(bucket, rank, count))
+            cloud.leave(settings.id, url, last=places.leave(bucket, rank, count))
             return 0
-    supervisor = Supervisor if settings.script is None else script.Supervisor
-    stop = supervisor(settings, bucket, cloud, rank).run()
-    return bootstrap.INTERRUPTED if stop.then == "vanish" else 0
+    kind = Supervisor if settings.script is None else script.Supervisor
+    supervisor = kind(settings, bucket, cloud, rank)
+    with suppress(RunnerError):
+        failing.forget(bucket, rank)
+    return INTERRUPTED if supervisor.run().then == "vanish" else 0
 
 
 def here(settings: Settings) -> None:
@@ -130,7 +134,7 @@ class Supervisor:
         """
         failure: Exception | None = None
         with self.report, signals.handled(signals.ENDING, self._signalled):
-            logs.hide(*self.secrets)
+            logs.hide(*self.secrets, *network.secrets(self.settings))
             try:
                 stop = self._live()
                 failure = AgentFailed(stop.reason) if stop.failed else None
@@ -155,7 +159,7 @@ class Supervisor:
         except RunnerError as error:  # others can't be asked; at worst the deadline ends the group
             log.warning("%s", error)
             last = count == 1
-        cloud.leave(self.settings.id, last=last)
+        cloud.leave(self.settings.id, self.bucket.url, last=last)
 
     def _live(self) -> Stop:
         self._recall()
@@ -474,23 +478,18 @@ class Supervisor:
 
 
 def _settings(bucket: store.Store) -> Settings | None:
-    """Read them, as soon as this new machine has the network and the rights that it was given."""
+    """Read them, as soon as this machine has the network and the rights that it was given."""
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            return bucket.load(store.SETTINGS, Settings)
+            content = bucket.read(store.SETTINGS)
         except RunnerError as error:
             if time.monotonic() > end:
                 raise
             log.warning("can't read the settings yet: %s", error)
             time.sleep(TICK)
-
-
-def _leave_for_good(whose: str) -> None:
-    """End a group which would send one useless machine after the other."""
-    if whose:
-        cloud, region, identifier = whose.split("/")
-        clouds.load(cloud, region).leave(Identifier.parse(identifier), last=True)
+        else:
+            return store.decoded(content, Settings, store.SETTINGS) if content is not None else None
 
 
 def _forge(settings: Settings) -> Forge | None:

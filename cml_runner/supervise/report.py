@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import store
+from cml_runner import program, store
 from cml_runner.logs import Formatter
 from cml_runner.model import Status
 
@@ -32,7 +32,8 @@ class Report(logging.Handler):
     ) -> None:
         super().__init__()
         now = datetime.now(timezone.utc)
-        self.status = Status(state="starting", at=now, since=now, runner=runner)
+        own = program.digest()[:12]
+        self.status = Status(state="starting", at=now, since=now, runner=runner, program=own)
         self.setFormatter(Formatter("%(asctime)s %(message)s"))
         self._bucket, self._rank = bucket, rank
         self._log = store.Log(bucket, rank, epoch)

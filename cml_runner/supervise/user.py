@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from cml_runner.boot import trust
 from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUDOERS = Path("/etc/sudoers.d/cml-runner")
+RETAINED = (*trust.PROXIES, *map(str.lower, trust.PROXIES), *trust.REPLACING, trust.ADDING)
 METADATA = {"iptables": "169.254.169.254", "ip6tables": "fd00:ec2::254"}  # answers on port 80
 EAGER = 300  # oom_score_adj: when memory is short a job goes, not the supervisor
 SHELLS = ("/bin/bash", "/bin/sh")
@@ -164,13 +166,17 @@ def _keep_powerless(account: pwd.struct_passwd) -> None:
 
 
 def _make_powerful(name: str) -> None:
-    """Let it become root without a password, as hosted runners do."""
+    """Let it become root without a password, as hosted runners do.
+
+    sudo would drop the variables without which `sudo apt-get` may reach nothing.
+    """
     with suppress(KeyError):
         grp.getgrnam("docker")
         _run("usermod", "--append", "--groups", "docker", name)
     SUDOERS.parent.mkdir(mode=0o750, exist_ok=True)
     new = SUDOERS.with_name(".cml-runner.new")  # names with a dot are not read
-    new.write_text(f"{name} ALL=(ALL:ALL) NOPASSWD:ALL\n")
+    keep = f'Defaults:{name} env_keep += "{" ".join(RETAINED)}"'
+    new.write_text(f"{name} ALL=(ALL:ALL) NOPASSWD:ALL\n{keep}\n")
     new.chmod(0o440)
     new.replace(SUDOERS)
 

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cml_runner.bootstrap import WORK
+from cml_runner.boot.prepare import WORK
 from cml_runner.errors import AgentFailed, AlreadyExists
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LOCK = ".cml-runner-lock"  # in a directory where one of us lives
 MARKER = ".cml-runner"  # in a directory that we made, so that we may delete it
-COMMON = Path(WORK)  # for accounts: in its home, one could exchange directories
+COMMON = WORK  # for accounts: in its home, one could exchange directories
 
 
 class Workdir:

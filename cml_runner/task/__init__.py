@@ -18,7 +18,7 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
-from cml_runner.launch import USER
+from cml_runner.launch import USER, provision
 from cml_runner.model import OLDER, Machine, Program, Script, Settings, Task, names
 from cml_runner.task import files, older
 from cml_runner.task.follow import Follow, results, statuses
@@ -48,7 +48,7 @@ class Resume:
     """With what a task was launched, so that it can be started again. Secret."""
 
     machine: Machine
-    program: Program
+    program: Program  # without the wheel: who starts the task gives the machines their own
     settings: Settings
     tags: dict[str, str]
     timeout: float  # seconds that are left to it
@@ -60,7 +60,7 @@ def run(order: Order, tell: Callable[[str], None], progress: Progress) -> Plan:
     Raises whatever hinders it, after deleting all that this call has created.
     """
     wanted = _resume(order)
-    plan = _plan(wanted)
+    plan = _plan(wanted, order.program)
     data = _container(order) or plan.bucket.store
     try:
         steps.create(plan.resources, claim=plan.bucket)
@@ -149,7 +149,7 @@ def start(found: Found) -> None:
         return
     expires = datetime.now(timezone.utc) + timedelta(seconds=wanted.timeout)
     wanted = replace(wanted, settings=replace(wanted.settings, expires=expires))
-    plan = _plan(wanted)
+    plan = _plan(wanted, provision.with_wheel(wanted.program))
     inventory.end(found)  # whatever a stop has left that was itself interrupted
     steps.create(plan.resources)
     bucket.save(store.SETTINGS, wanted.settings)
@@ -224,24 +224,26 @@ def _resume(order: Order) -> Resume:
             exclude=order.rules.lines,
             data=found.url if (found := _container(order)) else "",
         ),
+        authorities=order.authorities,
+        proxies=order.proxies,
     )
     own = {"kind": KIND, "name": order.name, "count": str(order.count)}
     return Resume(
         machine=order.machine,
-        program=order.program,
+        program=provision.without_wheel(order.program),
         settings=content,
         tags={**order.tags, **own},
         timeout=order.timeout,
     )
 
 
-def _plan(wanted: Resume) -> Plan:
+def _plan(wanted: Resume, program: Program) -> Plan:
     settings = wanted.settings
     task = Task(
         id=settings.id,
         settings=msgspec.json.encode(settings).decode(),
         machine=wanted.machine,
-        program=wanted.program,
+        program=program,
         count=len(settings.names),
         expires=_expires(wanted),
         tags=wanted.tags,

@@ -20,6 +20,7 @@ FILE, SECTION = "task.toml", "pyproject.toml"
 # What terraform-provider-iterative has in a block.
 STORAGE = ("workdir", "output", "exclude", "container", "container_opts")
 LISTS = ("environment", "exclude", "storage_container_opts", "tags")
+FLAGS = ("no_machine_proxy",)
 
 
 def read(directory: Path, known: Collection[str]) -> dict[str, Any]:
@@ -57,7 +58,9 @@ def _words(name: str, found: Mapping[str, Any], known: Collection[str]) -> dict[
     return {key: _word(key, value) for key, value in flat.items()}
 
 
-def _word(key: str, value: Any) -> str | tuple[str, ...]:
+def _word(key: str, value: Any) -> str | bool | tuple[str, ...]:
+    if key in FLAGS:
+        return str(value).lower() == "true"
     if isinstance(value, dict):
         return tuple(f"{name}={text}" if text != "" else name for name, text in value.items())
     if isinstance(value, list):

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cml_runner import bootstrap, store
+from cml_runner import store
+from cml_runner.boot import failing
 from cml_runner.errors import NotReady, RunnerError
 from cml_runner.launch.readiness import CRASHES, FATAL
 from cml_runner.model import Result, Status
@@ -147,7 +148,9 @@ class Follow:
         if bucket.read(store.SETTINGS) is None:
             self.found = results(bucket, self.count)
             if len(self.found) < self.count:
-                msg = "the task is over, but not all of its scripts have ended"
+                failures = [one for one in statuses(bucket, self.count).values() if one.reason]
+                why = "".join(f"\n  {one.runner}: {one.reason}" for one in failures)
+                msg = f"the task is over, but not all of its scripts have ended{why}"
                 raise NotReady(msg)
         said = statuses(bucket, self.count)
         last = max((one.at for one in said.values()), default=None)
@@ -167,8 +170,8 @@ class Follow:
                 raise FATAL[event.kind](event.message)
         crashes = [event for event in events if event.kind == "error"]
         console = self._console() if crashes else ""
-        if len(crashes) >= CRASHES or bootstrap.FAILED in console:
-            _, found, after = console.rpartition(bootstrap.FAILED)
+        if len(crashes) >= CRASHES or failing.FAILED in console:
+            _, found, after = console.rpartition(failing.FAILED)
             msg = f"machines die as they start: {crashes[-1].message}\n{found}{after}".rstrip()
             raise NotReady(msg)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import __version__, clouds, times
+from cml_runner import clouds, times
 from cml_runner.errors import ConfigurationError
-from cml_runner.launch.options import requirement
+from cml_runner.launch import provision
 from cml_runner.model import Identifier, Machine, Program
 from cml_runner.task import defaults
 from cml_runner.transfer import Rules
@@ -46,9 +46,10 @@ class Options:
     name: str = ""
     permission_set: str = ""
     tags: tuple[str, ...] = ()
-    machine_package: str = ""
-    machine_package_index: str = ""
-    machine_uv: str = ""
+    machine_index: str = ""
+    machine_ca: str = ""
+    machine_proxy: str = field(default="", repr=False)
+    no_machine_proxy: bool = False
     command: tuple[str, ...] = ()
 
 
@@ -67,6 +68,8 @@ class Order:
     region: str
     machine: Machine
     program: Program
+    authorities: str = field(repr=False)  # PEM: what machines trust beside their system's own
+    proxies: Mapping[str, str] = field(repr=False)  # HTTPS_PROXY, …
     count: int
     timeout: float  # seconds
     script: str = field(repr=False)
@@ -121,8 +124,10 @@ class _Reader:
         output = self.take("--output", lambda: _inside(options.output), "")
         rules = self.take("--exclude", lambda: Rules(options.exclude), Rules())
         tags = self._pairs("--tags", options.tags)
-        if options.machine_uv and "#sha256=" not in options.machine_uv:
-            self.mistakes.append("--machine-uv: write URL#sha256=HEX")
+        asked = provision.Asked.among(vars(options))
+        provided = self.take(
+            "", lambda: provision.read(asked, self.environment), provision.Provision()
+        )
         if self.mistakes:
             raise ConfigurationError(*self.mistakes)
         identifier = _identifier(options.name, workdir)
@@ -132,7 +137,9 @@ class _Reader:
             cloud=options.cloud,
             region=options.region,
             machine=machine,
-            program=self._program(),
+            program=provided.program,
+            authorities=provided.authorities,
+            proxies=provided.proxies,
             count=count,
             timeout=timeout,
             script=script,
@@ -168,15 +175,6 @@ class _Reader:
             spot_price=price if price > 0 else -1,
             permissions=options.permission_set,
             options={f"{options.cloud}-{key}": value for key, value in storage.items()},
-        )
-
-    def _program(self) -> Program:
-        options = self.options
-        return Program(
-            version=__version__,
-            requirement=options.machine_package or requirement(options.cloud),
-            index=options.machine_package_index,
-            uv=options.machine_uv,
         )
 
     def _script(self) -> str:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import installer
 from cml_runner.errors import ConfigurationError, MissingDependency
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _hcl(name: str, text: str) -> dict[str, Any]:
         from hcl2.utils import SerializationOptions
         from lark.exceptions import LarkError
     except ImportError as error:
-        raise MissingDependency("import") from error
+        raise MissingDependency(installer.lacking("import")) from error
     plain = SerializationOptions(with_comments=False, explicit_blocks=False)
     try:
         found: dict[str, Any] = hcl2.loads(text, serialization_options=plain)

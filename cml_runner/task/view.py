@@ -66,6 +66,7 @@ def details(found: Found) -> dict[str, Any]:
                 "reason": one.reason,
                 "code": done[rank].code if rank in done else None,
                 "epoch": done[rank].epoch if rank in done else None,
+                "program": one.program,
             }
             for rank, one in said.items()
         ],

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from cml_runner.cli import cli as program
+from cml_runner.program import digest
 from tests.worlds import Local, wait
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def test_a_runners_life(cli: Cli, tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == [name]
     (shown,) = documents(cli, "show", name)
     assert shown["id"] == name
+    assert [one["program"] for one in shown["machines"]] == [digest()[:12]]
     lines = documents(cli, "logs", name)
     assert all(set(line) == {"rank", "line"} for line in lines)
     (real,) = documents(cli, "interrupt", name, "--real")

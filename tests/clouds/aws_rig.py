@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from cml_runner import boot
+from cml_runner.boot.aws import VARIABLE
 from cml_runner.clouds.aws import Cloud
-from cml_runner.clouds.aws.machine import INTERRUPT, VARIABLE
+from cml_runner.clouds.aws.machine import INTERRUPT
 from cml_runner.model import Identifier, Machine, Program, Task
 from cml_runner.wait import until
 from tests.lab.aws import AWS, sessions
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from cml_runner.model import Notice
 
-PROGRAM = Program(version="1.2.3", requirement="cml-runner[aws]==1.2.3")
+PROGRAM = Program(
+    wheel=b"wheel",
+    sha256=hashlib.sha256(b"wheel").hexdigest(),
+    index="https://index.example/simple/",
+)
 
 
 class Obedient(threading.Thread):
@@ -77,7 +84,14 @@ class AwsRig:
     def leave(self, plan: Plan, instance: str) -> None:
         with self.on(instance):
             identifier = Identifier.parse(str(plan.group.name))  # type: ignore[attr-defined]
-            Cloud("us-west-2").leave(identifier, last=len(plan.group.instances()) == 1)
+            last = len(plan.group.instances()) == 1
+            Cloud("us-west-2").leave(identifier, plan.bucket.store.url, last=last)
+
+    @contextmanager
+    def machine(self, plan: Plan, instance: str) -> Iterator[boot.Machine]:
+        with self.on(instance):
+            name = plan.group.name  # type: ignore[attr-defined]
+            yield boot.machine(f"{plan.bucket.store.url}#aws/us-west-2/{name}")
 
     def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
         assert instance

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from cml_runner import boot
+from cml_runner.boot.first_azure import VARIABLE
 from cml_runner.clouds.azure import Cloud, session
-from cml_runner.clouds.azure.machine import INTERRUPT, VARIABLE
+from cml_runner.clouds.azure.machine import INTERRUPT
 from cml_runner.model import Identifier, Machine, Program, Task
 from cml_runner.wait import until
 from tests.lab.azure import Azure
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
     from cml_runner.model import Notice
     from tests.lab.azure.azurite import Azurite
 
-PROGRAM = Program(version="1.2.3", requirement="cml-runner==1.2.3")
+PROGRAM = Program(
+    wheel=b"wheel",
+    sha256=hashlib.sha256(b"wheel").hexdigest(),
+    index="https://index.example/simple/",
+)
 
 
 class Obedient(threading.Thread):
@@ -79,7 +86,18 @@ class AzureRig:
     def leave(self, plan: Plan, instance: str) -> None:
         with self.on(instance):
             identifier = Identifier.parse(str(plan.group.name))  # type: ignore[attr-defined]
-            Cloud("westus2").leave(identifier, last=len(plan.group.instances()) == 1)
+            last = len(plan.group.instances()) == 1
+            Cloud("westus2").leave(identifier, plan.bucket.store.url, last=last)
+
+    @contextmanager
+    def machine(self, plan: Plan, instance: str) -> Iterator[boot.Machine]:
+        with self.on(instance):
+            yield boot.machine(self.url(plan))
+
+    def url(self, plan: Plan) -> str:
+        """Where the task is, as its machines know it."""
+        name = plan.group.name  # type: ignore[attr-defined]
+        return f"{plan.bucket.store.url}#azure/westus2/{name}"
 
     def say(self, plan: Plan, instance: str, key: str, text: str) -> None:
         assert instance

@@ -46,7 +46,7 @@ import os, pathlib
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Identifier
 task = pathlib.Path(os.environ['LOCAL_CLOUD_MACHINE']).parent.parent
-Cloud(str(task.parent)).leave(Identifier.parse(task.name), last=False)
+Cloud(str(task.parent)).leave(Identifier.parse(task.name), '', last=False)
 "
 """
 

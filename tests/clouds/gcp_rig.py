@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from cml_runner import boot
+from cml_runner.boot.gcp import VARIABLE
 from cml_runner.clouds.gcp import Cloud
-from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT, VARIABLE
+from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT
 from cml_runner.model import Identifier, Machine, Program, Task
 from cml_runner.wait import until
 from tests.lab.gcp import GCP, ssh
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
     from cml_runner.clouds import Plan
     from cml_runner.model import Notice
 
-PROGRAM = Program(version="1.2.3", requirement="cml-runner==1.2.3")
+PROGRAM = Program(
+    wheel=b"wheel",
+    sha256=hashlib.sha256(b"wheel").hexdigest(),
+    index="https://index.example/simple/",
+)
 
 
 class Obedient(threading.Thread):
@@ -79,7 +86,18 @@ class GcpRig:
     def leave(self, plan: Plan, instance: str) -> None:
         with self.on(instance):
             identifier = Identifier.parse(str(plan.group.name))  # type: ignore[attr-defined]
-            Cloud("us-west1").leave(identifier, last=self.is_last(plan))
+            last = self.is_last(plan)
+            Cloud("us-west1").leave(identifier, plan.bucket.store.url, last=last)
+
+    @contextmanager
+    def machine(self, plan: Plan, instance: str) -> Iterator[boot.Machine]:
+        """Be on a machine, before our environment is there."""
+        with self.on(instance):
+            yield boot.machine(self.url(plan))
+
+    def url(self, plan: Plan) -> str:
+        """Return what a machine is told of its task."""
+        return f"{plan.bucket.store.url}#gcp/us-west1/{plan.group.name}"  # type: ignore[attr-defined]
 
     def is_last(self, plan: Plan) -> bool:
         """Say what the machines would have agreed on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import suppress
 from dataclasses import replace
@@ -56,7 +57,11 @@ class KubernetesRig:
             id=Identifier.new("some task"),
             settings=settings,
             machine=Machine(types=("0.1-20",), image="lab.example/busybox:1"),
-            program=Program(version="1.2.3", requirement="cml-runner==1.2.3"),
+            program=Program(
+                wheel=b"wheel",
+                sha256=hashlib.sha256(b"wheel").hexdigest(),
+                index="https://index.example/simple/",
+            ),
             tags=tags or {},
         )
 
@@ -79,7 +84,8 @@ class KubernetesRig:
 
     def leave(self, plan: Plan, instance: str) -> None:
         assert isinstance(plan.group, Group)
-        self.cloud.leave(plan.group.job.task.id, last=len(plan.group.instances()) == 1)
+        last = len(plan.group.instances()) == 1
+        self.cloud.leave(plan.group.job.task.id, plan.bucket.store.url, last=last)
         (self.directory(instance) / "go").touch()
 
     def say(self, plan: Plan, instance: str, key: str, text: str) -> None:

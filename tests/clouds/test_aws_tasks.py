@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cml_runner import store
-from cml_runner.bootstrap import INTERRUPTED
+from cml_runner.boot.prepare import INTERRUPTED
 from cml_runner.model import Identifier, Settings, Task
 
 if TYPE_CHECKING:

@@ -8,12 +8,18 @@ import re
 import sys
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 
-from cml_runner import bootstrap, inventory, steps, wait
-from cml_runner.clouds.azure import Cloud, account, arm, machine, session
+from cml_runner import boot, inventory, steps, wait
+from cml_runner.boot import web
+from cml_runner.boot.azure import Login
+from cml_runner.boot.azure import Machine as Own
+from cml_runner.boot.first_azure import MANAGER, STORAGE, VARIABLE
+from cml_runner.clouds.azure import Cloud, account, arm, session
 from cml_runner.clouds.azure.account import Place
 from cml_runner.errors import (
     AlreadyExists,
@@ -28,6 +34,7 @@ from cml_runner.errors import (
 )
 from cml_runner.model import Machine, Program, Task
 from cml_runner.wait import until
+from tests.clouds.azure_rig import PROGRAM
 from tests.lab.azure import models
 from tests.lab.azure.front import LOST
 from tests.lab.azure.manager import STATUS, SUBSCRIPTION
@@ -70,6 +77,13 @@ def setting(rig: AzureRig, plan: Plan) -> dict[str, Any]:
     path = plan.group.setting.lower()  # type: ignore[attr-defined]
     found: dict[str, Any] = rig.azure.manager.resources[path]
     return found
+
+
+def url(script: str) -> str:
+    """Find where the task is in a machine's start script."""
+    found = re.search(r"'(az://\S+)'", script)
+    assert found
+    return found[1]
 
 
 def market(rig: AzureRig) -> list[tuple[str, str, bool]]:
@@ -146,7 +160,7 @@ def test_a_mixture_of_sizes(azure_rig: AzureRig) -> None:
 
 def test_the_users_own_choices(azure_rig: AzureRig) -> None:
     identities = azure_rig.azure.manager.resources
-    own = PLACE.id("ManagedIdentity/userAssignedIdentities", "own")
+    own = PLACE.id("ManagedIdentity/userAssignedIdentities", f"own-{'x' * 120}")
     identities[own.lower()] = {"id": own, "properties": {"principalId": "x"}}
     wanted = task(
         azure_rig,
@@ -163,11 +177,10 @@ def test_the_users_own_choices(azure_rig: AzureRig) -> None:
     profile = found["properties"]["virtualMachineProfile"]
     assert profile["billingProfile"] == {"maxPrice": 0.25}
     script = base64.b64decode(profile["osProfile"]["customData"]).decode()
-    assert f"msi_res_id={own}" in script
+    assert f"msi_resource_id={quote(own, safe='')}" in script
     (life,) = azure_rig.azure.fleet.lives.values()
-    with azure_rig.on(life.instance.id):
-        me = machine.compute()
-        assert machine.tags(me)[machine.IDENTITY] == own
+    with azure_rig.on(life.instance.id), pytest.raises(RunnerError, match=f"client '{own}'"):
+        boot.machine(url(script)).objects.read("settings.json")
 
 
 def test_a_key_is_the_users(azure_rig: AzureRig) -> None:
@@ -201,16 +214,24 @@ def test_autoscale_holds_the_size_until_the_deadline(azure_rig: AzureRig) -> Non
 
 
 def test_the_script_is_valid(azure_rig: AzureRig) -> None:
-    import ast
     import subprocess
 
-    launch(azure_rig)
+    plan = launch(azure_rig)
     (life,) = azure_rig.azure.fleet.lives.values()
     script = life.instance.user_data
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
-    ast.parse(script.split("<<'END'\n")[1].partition("\nEND\n")[0])
-    assert len(script) < bootstrap.LIMIT
-    assert "ExecStopPost=-/usr/local/sbin/cml-runner-end over" in script
+    assert PROGRAM.sha256 in script
+    machine, identity = Own(url(script)), quote(PLACE.identity, safe="")
+    assert machine.task == plan.group.name  # type: ignore[attr-defined]
+    assert url(script).startswith(f"{plan.bucket.store.url}&msi_resource_id={identity}#")
+
+
+def test_the_program_is_put_once(azure_rig: AzureRig) -> None:
+    for _ in range(2):
+        launch(azure_rig)
+    assert azure_rig.azure.programs() == {f"{PROGRAM.sha256}.whl": PROGRAM.wheel}
+    written = [one for one in azure_rig.azure.app.calls if one.action == f"{account.BLOBS}/write"]
+    assert len([one for one in written if PROGRAM.sha256 in one.path]) == 1
 
 
 # What can't be had
@@ -226,7 +247,7 @@ def test_every_mistake_is_told_before_anything_is_sent(azure_rig: AzureRig) -> N
             options={"aws-subnet": "x"},
         ),
         tags={"a/b": "x"},
-        program=Program(version="1", index="https://me:secret@x/"),
+        program=Program(index="https://me:secret@x/"),
     )
     before = len(azure_rig.azure.app.calls)
     with pytest.raises(ConfigurationError) as caught:
@@ -354,6 +375,8 @@ def test_a_machine_that_powered_itself_off_is_an_error(azure_rig: AzureRig) -> N
 
 
 def test_fifty_machines_cost_no_more_calls_than_one(azure_rig: AzureRig) -> None:
+    launch(azure_rig)  # from now on the program is there
+
     def calls(count: int) -> list[str]:
         before = len(azure_rig.azure.app.calls)
         launch(azure_rig, replace(task(azure_rig), count=count))
@@ -363,8 +386,10 @@ def test_fifty_machines_cost_no_more_calls_than_one(azure_rig: AzureRig) -> None
 
 
 def test_a_launch_makes_few_calls_in_a_row(azure_rig: AzureRig) -> None:
+    launch(azure_rig)  # from now on the program is there
     plan = Cloud("us-west").plan(task(azure_rig))
     before = len(azure_rig.azure.app.calls)
+    azure_rig.azure.app.latency = 0.1
     steps.create(plan.resources, claim=plan.bucket)
     plan.group.resize(1)
     plan.group.expire(SOON)
@@ -639,7 +664,7 @@ def test_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("azure", "azure.core", "azure.identity"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setenv("AZURE_SUBSCRIPTION_ID", SUBSCRIPTION)
-    with pytest.raises(MissingDependency, match=r"pip install 'cml-runner\[azure\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install .*\[azure\]'"):
         Cloud("us-west").tasks()
     assert Cloud("us-west").permissions()  # takes nothing
 
@@ -717,16 +742,30 @@ def test_each_right_is_needed_and_named_when_it_is_missing(
 def test_a_machine_may_only_touch_what_is_ours(azure_rig: AzureRig) -> None:
     plan = launch(azure_rig)
     (name,) = azure_rig.running(plan) or list(azure_rig.azure.fleet.lives)
+    programs = f"{azure_rig.azure.url}/{PLACE.storage}/{account.PROGRAMS}"
+    program = f"{programs}/{PROGRAM.sha256}.whl"
+    version = {"x-ms-version": "2023-11-03"}
     with azure_rig.on(name):
-        manager = machine.Manager(machine.compute())
+        login = Login(azure_rig.url(plan))
         for method, path in (
             ("GET", f"{PLACE.id('Compute/virtualMachineScaleSets', 'x')}"),
             ("PUT", PLACE.id("Compute/virtualMachines", "x")),
+            ("POST", f"{PLACE.id('Compute/virtualMachines', name)}/deallocate"),
             ("DELETE", f"/subscriptions/{SUBSCRIPTION}/resourceGroups/theirs"),
             ("DELETE", PLACE.identity),
         ):
-            with pytest.raises(CredentialsError):
-                manager.call(method, path, {})
+            where = f"{azure_rig.azure.url}{path}?api-version=2021-04-01"
+            body = b"{}" if method == "PUT" else None
+            with pytest.raises(web.Refused) as caught:
+                login.ask(MANAGER, method, where, None, body)
+            assert caught.value.denied
+        assert login.ask(STORAGE, "GET", program, version).content == PROGRAM.wheel
+        for method, content in (("PUT", b"mine"), ("DELETE", None)):
+            headers = {**version, "x-ms-blob-type": "BlockBlob"}
+            with pytest.raises(web.Refused) as caught:
+                login.ask(STORAGE, method, program, headers, content)
+            assert caught.value.denied
+    assert azure_rig.azure.programs() == {f"{PROGRAM.sha256}.whl": PROGRAM.wheel}
 
 
 def test_a_subscription_that_nobody_has_set_up(
@@ -744,6 +783,35 @@ def test_a_subscription_that_nobody_has_set_up(
         with pytest.raises(CredentialsError, match=said):
             steps.create(plan.resources, claim=plan.bucket)
     assert azure_rig.azure.left("eastus") == []
+
+
+def test_a_launch_completes_a_setup_that_was_interrupted(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, cloud = Place(SUBSCRIPTION, "eastus"), Cloud("us-east")
+
+    def watch(call: Call) -> None:
+        if call.method == "PUT" and call.name == account.PROGRAMS:
+            azure_rig.azure.fail(call.action, "Conflict")
+
+    azure_rig.azure.app.watch = watch
+    with pytest.raises(RunnerError, match="Conflict"):
+        cloud.setup()
+    azure_rig.azure.app.watch = lambda _: None
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{azure_rig.azure.url}/{place.storage}")
+    plan = cloud.plan(task(azure_rig))
+    steps.create(plan.resources, claim=plan.bucket)
+    assert azure_rig.azure.programs("eastus") == {f"{PROGRAM.sha256}.whl": PROGRAM.wheel}
+    assert cloud.setup() == []
+
+
+def test_both_containers_are_looked_at(azure_rig: AzureRig) -> None:
+    found = {one.what: one for one in azure_rig.cloud.checks(task(azure_rig))}
+    names = [f"container {name} of {PLACE.storage}" for name in (account.NAME, account.PROGRAMS)]
+    assert [found[name].state for name in names] == ["ok", "ok"]
+    azure_rig.azure.blobs.clear()
+    found = {one.what: one for one in azure_rig.cloud.checks(task(azure_rig))}
+    assert all("cml-runner setup azure" in found[name].hint for name in names)
 
 
 def test_a_role_that_is_not_known_everywhere_yet(azure_rig: AzureRig) -> None:
@@ -779,9 +847,8 @@ def test_a_machine_without_settings_ends_its_group(azure_rig: AzureRig) -> None:
     plan.bucket.store.delete("settings.json")
     (name,) = azure_rig.azure.fleet.lives
     script = azure_rig.azure.fleet.lives[name].instance.user_data
-    url = next(word for word in script.split('"') if word.startswith("az://"))
     with azure_rig.on(name), pytest.raises(NotFound, match="this task is over"):
-        supervise.run(url.replace("%%", "%"))
+        supervise.run(url(script))
     until(lambda: azure_rig.azure.left() == [], "all to go", 10, 0.05)
     assert azure_rig.cloud.tasks() == []
 
@@ -836,22 +903,50 @@ def test_two_that_leave_at_once_are_both_counted(azure_rig: AzureRig) -> None:
     assert run["capacity"]["minimum"] == "1"
 
 
-def test_on_another_machine_nothing_is_left(azure_rig: AzureRig) -> None:
+def test_a_machine_that_may_be_anothers_goes_on_looking(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plan, other = launch(azure_rig), launch(azure_rig)
     name = next(iter(azure_rig.azure.fleet.lives))
-    assert plan
-    with azure_rig.on(name):
-        identifier = other.bucket.task.id  # type: ignore[attr-defined]
-        Cloud("westus2").leave(identifier, last=True)
+
+    def give_up(_: float) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(wait, "insist", partial(wait.insist, sleep=give_up))
+    identifier = other.bucket.task.id  # type: ignore[attr-defined]
+    with azure_rig.on(name), pytest.raises(InterruptedError):
+        Cloud("westus2").leave(identifier, other.bucket.store.url, last=True)
+    own = plan.group.name  # type: ignore[attr-defined]
+    assert f"this machine isn't one of {identifier}" in caplog.text
+    assert f"vmScaleSetName: {own}" in caplog.text
     assert len(azure_rig.cloud.tasks()) == 2
+    assert len(market(azure_rig)) == 2
 
 
-def test_elsewhere_nothing_is_left(azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(machine.VARIABLE, "http://127.0.0.1:9")
-    monkeypatch.setattr(wait, "LOOKS", (0,))
+def test_without_its_metadata_service_a_machine_goes_on_looking(
+    azure_rig: AzureRig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = launch(azure_rig)
-    Cloud("westus2").leave(plan.bucket.task.id, last=True)  # type: ignore[attr-defined]
-    assert len(azure_rig.cloud.tasks()) == 1
+    (name,) = azure_rig.azure.fleet.lives
+    trouble = azure_rig.azure.trouble("/metadata/instance", times=99)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            trouble.times = 0
+
+    monkeypatch.setattr(wait, "insist", partial(wait.insist, sleep=sleep))
+    azure_rig.leave(plan, name)
+    assert len(pauses) == 3
+    assert caplog.text.count("can't leave yet") == 3
+    until(lambda: azure_rig.azure.left() == [], "all to go", 10, 0.05)
+
+
+def test_elsewhere_there_is_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "http://127.0.0.1:9")
+    with pytest.raises(RunnerError, match="refused"):
+        Cloud.machine()
 
 
 def test_an_eviction_is_noticed(azure_rig: AzureRig) -> None:

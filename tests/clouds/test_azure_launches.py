@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cml_runner import program
 from cml_runner.forges.local import Forge
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def test_it_has_another_name(azure_rig: AzureRig, cli: Cli, environment: Mapping
     assert done.json["cloud"] == "azure"
     assert len(cli.run("list", *place, "--output", "json", environment=environment).json) == 1
     (life,) = azure_rig.azure.fleet.lives.values()
-    assert "cml-runner==" in life.instance.user_data  # no SDK is installed there
+    digest = program.digest()
+    assert digest in life.instance.user_data
+    assert azure_rig.azure.programs() == {f"{digest}.whl": program.wheel()}
 
 
 def test_the_clouds_mistakes_are_told_before_the_forge_is_asked(

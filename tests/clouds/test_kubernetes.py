@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import subprocess
 from dataclasses import replace
@@ -10,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cml_runner import bootstrap
-from cml_runner.clouds.kubernetes import Cloud, job, machine, pod, words
+from cml_runner import program
+from cml_runner.boot import failing, prepare
+from cml_runner.clouds.kubernetes import Cloud, job, machine, pod, secret, words
+from cml_runner.clouds.kubernetes.session import Session
 from cml_runner.errors import ConfigurationError
 from cml_runner.model import Identifier, Machine, Program, Status, Task
 
@@ -21,6 +25,11 @@ if TYPE_CHECKING:
 
 NOW = datetime(2026, 11, 25, tzinfo=timezone.utc)
 SECRET = "not-a-real-t0ken"
+PROGRAM = Program(
+    wheel=b"wheel",
+    sha256=hashlib.sha256(b"wheel").hexdigest(),
+    index="https://index.example/simple/",
+)
 
 
 def task(count: int = 1, permissions: str = "", **machine: Any) -> Task:
@@ -29,7 +38,7 @@ def task(count: int = 1, permissions: str = "", **machine: Any) -> Task:
         id=Identifier.fixed("some task"),
         settings=SECRET,
         machine=wanted,
-        program=Program(version="1.2.3", requirement="cml-runner==1.2.3"),
+        program=PROGRAM,
         count=count,
         tags={"owner": "we"},
     )
@@ -57,7 +66,7 @@ def test_disruptions_are_ignored_and_failures_never_tried_again() -> None:
     disrupted, interrupted, failed = spec["podFailurePolicy"]["rules"]
     assert disrupted["action"] == interrupted["action"] == "Ignore"
     assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert interrupted["onExitCodes"]["values"] == [bootstrap.INTERRUPTED]
+    assert interrupted["onExitCodes"]["values"] == [prepare.INTERRUPTED]
     assert failed["action"] == "FailIndex"
     assert failed["onExitCodes"]["operator"] == "NotIn"
     assert failed["onExitCodes"]["values"] == [137, 143]
@@ -97,6 +106,25 @@ def test_an_engine_for_containers_is_there_on_request() -> None:
     variables = {one["name"]: one.get("value") for one in found["containers"][0]["env"]}
     assert variables["DOCKER_HOST"] == "tcp://127.0.0.1:2375"
     assert "securityContext" not in found["containers"][0]
+
+
+def test_docker_pulls_through_our_proxies_from_whom_we_trust() -> None:
+    told = {"proxies": {"HTTPS_PROXY": f"http://me:{SECRET}@proxy"}, "authorities": "a certificate"}
+    wanted = replace(task(docker=True), settings=json.dumps(told))
+    found = template(wanted)
+    (engine,) = found["initContainers"]
+    variables = {one["name"]: one for one in engine["env"]}
+    proxy = variables["HTTPS_PROXY"]["valueFrom"]["secretKeyRef"]
+    mounts = {one["name"]: one for one in engine["volumeMounts"]}
+    assert variables["SSL_CERT_DIR"]["value"] == mounts["trusted"]["mountPath"]
+    volume = next(one for one in found["volumes"] if one["name"] == "trusted")["secret"]
+    content = secret.settings(job.Job(Session("team"), wanted, None)).content()["stringData"]
+    assert proxy["name"] == volume["secretName"] == str(wanted.id)
+    assert content[proxy["key"]] == f"http://me:{SECRET}@proxy"
+    assert content[volume["items"][0]["key"]] == "a certificate"
+    assert SECRET not in json.dumps(manifest(wanted))
+    alone = template(replace(wanted, machine=replace(wanted.machine, docker=False)))
+    assert "trusted" not in [one["name"] for one in alone["volumes"]]
 
 
 def test_the_users_own_choices() -> None:
@@ -252,14 +280,41 @@ def test_a_task_that_is_over_costs_no_more_than_its_data() -> None:
     assert (job.lease(found).keeps, job.lease(found).expires) == (True, None)
 
 
-# The first script of a container
+# The program, and the first script of a container
+
+
+def test_the_program_is_beside_the_script_that_starts_it() -> None:
+    one = job.Job(Session("team"), task(), None)
+    content = secret.script(one, lambda: "a script").content()
+    assert content["data"] == {"start": "a script"}
+    assert content["binaryData"] == {f"{PROGRAM.sha256}.whl": base64.b64encode(b"wheel").decode()}
+    mounts = {one["name"]: one for one in template(task())["containers"][0]["volumeMounts"]}
+    assert mounts["start"]["readOnly"] is True
+    place = f"{mounts['start']['mountPath']}/{PROGRAM.sha256}.whl"
+    assert f"PYTHONPATH={place}\n" in Cloud("us-west").start(PROGRAM, "said:///run/x/bucket")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "what"),
+    [
+        (replace(task(), program=replace(PROGRAM, wheel=bytes(1 << 20))), "the program"),
+        (replace(task(), settings="x" * (1 << 20) + "x"), "the settings"),
+    ],
+)
+def test_what_a_cluster_can_not_hold_is_refused(wanted: Task, what: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{what} .*1,048,576 at most"):
+        Cloud("us-west").plan(wanted)
+
+
+def test_our_own_program_fits() -> None:
+    whole = replace(PROGRAM, wheel=program.wheel())
+    assert Cloud("us-west").plan(replace(task(), program=whole))
 
 
 def test_the_script_keeps_its_secrets_where_they_are() -> None:
-    program = Program(version="1.2.3", requirement="cml-runner==1.2.3")
-    script = Cloud("us-west").start(program, "said:///run/cml-runner/bucket?data=/x")
+    script = Cloud("us-west").start(PROGRAM, "said:///run/cml-runner/bucket?data=/x")
     assert SECRET not in script
-    assert "cml-runner==1.2.3" in script
+    assert PROGRAM.sha256 in script
     assert subprocess.run(["sh", "-n"], input=script, text=True, check=True).returncode == 0
 
 
@@ -382,6 +437,13 @@ def test_who_ended_without_a_word_is_spoken_for(
 ) -> None:
     status = words.ended(found, said)
     assert (status.state if status else "") == state
+
+
+def test_a_container_that_could_not_be_prepared_says_why() -> None:
+    text = failing.Failure("no space left", PROGRAM.sha256).text
+    status = words.ended(pod_that("Failed", 1, reason="Error", message=f"more\n{text}"), None)
+    assert status
+    assert (status.state, status.code, status.reason) == ("failed", 11, "no space left")
 
 
 def test_a_last_word_stands() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 
 import pytest
 
-from cml_runner.clouds.kubernetes import RULES, Cloud, pod
+from cml_runner.clouds.kubernetes import RULES, Cloud, pod, secret
 from cml_runner.clouds.kubernetes.job import Job
 from cml_runner.errors import CredentialsError, NotFound
 from cml_runner.model import Machine, Task
@@ -57,6 +59,33 @@ def test_a_strict_server_takes_every_manifest(
     assert {name: answer["spec"][name] for name in sent if name not in _DEFAULTED} == {
         name: value for name, value in sent.items() if name not in _DEFAULTED
     }
+
+
+def test_a_strict_server_takes_what_docker_needs(kubernetes_rig: KubernetesRig) -> None:
+    told = {"proxies": {"HTTPS_PROXY": "http://me:secret@proxy"}, "authorities": "a certificate"}
+    machine = replace(kubernetes_rig.task().machine, docker=True)
+    task = replace(kubernetes_rig.task(json.dumps(told)), machine=machine)
+    found = job(kubernetes_rig, task)
+    strict = "dryRun=All&fieldValidation=Strict"
+    assert kubernetes_rig.ask("POST", f"jobs?{strict}", found.manifest)["spec"]
+    body = {"metadata": {"name": "x"}, **secret.settings(found).content()}
+    kept = kubernetes_rig.ask("POST", f"secrets?{strict}", body)["data"]
+    assert sorted(kept) == ["HTTPS_PROXY", "authorities.pem", "settings.json"]
+
+
+def test_a_server_takes_as_much_as_we_say(kubernetes_rig: KubernetesRig) -> None:
+    def answer(size: int) -> Any:
+        program = replace(kubernetes_rig.task().program, wheel=bytes(size - len("a script")))
+        found = Job(job_.session, replace(job_.task, program=program), None)
+        body = {"metadata": {"name": "x"}, **secret.script(found, lambda: "a script").content()}
+        return kubernetes_rig.ask("POST", "configmaps?dryRun=All&fieldValidation=Strict", body)
+
+    job_ = job(kubernetes_rig, kubernetes_rig.task())
+    assert answer(secret.LARGEST)["binaryData"]
+    with pytest.raises(HTTPError) as caught:
+        answer(secret.LARGEST + 1)
+    with caught.value as error:
+        assert "Too long" in error.read().decode()
 
 
 _DEFAULTED = ("template", "podFailurePolicy")  # to which a server adds

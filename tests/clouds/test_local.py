@@ -282,17 +282,17 @@ def test_a_machine_that_leaves_and_stays_is_ended(local_rig: LocalRig) -> None:
     plan = local_rig.launch(1)
     with local_rig.monkeypatch.context() as patch:
         patch.setenv(VARIABLE, str(local_rig.up(plan, "0.1")))
-        local_rig.cloud.leave(Identifier.parse(directory(plan).name), last=True)
+        local_rig.cloud.leave(Identifier.parse(directory(plan).name), "", last=True)
     until(lambda: not local_rig.processes())
     assert "machine 0.1 has left" in messages(plan, "info")
 
 
 def test_only_a_machine_of_the_task_can_leave_it(local_rig: LocalRig) -> None:
     plan, other = local_rig.launch(1), Identifier.new("other")
-    local_rig.cloud.leave(Identifier.parse(directory(plan).name), last=True)
+    local_rig.cloud.leave(Identifier.parse(directory(plan).name), "", last=True)
     with local_rig.monkeypatch.context() as patch:
         patch.setenv(VARIABLE, str(local_rig.up(plan, "0.1")))
-        local_rig.cloud.leave(other, last=True)
+        local_rig.cloud.leave(other, "", last=True)
     assert not list(directory(plan).rglob("left"))
 
 

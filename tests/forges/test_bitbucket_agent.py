@@ -125,6 +125,30 @@ def test_the_secret_is_in_a_file_until_it_is_online(bb: Bitbucket, tmp_path: Pat
     assert found.parse(ONLINE) == Ready()
 
 
+def test_java_has_names_of_its_own_for_proxies(
+    bb: Bitbucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Agent()
+    found.install(tmp_path, _packages(bb))
+
+    def options() -> list[str]:
+        found.command(tmp_path, REGISTRATION)
+        lines = (tmp_path / "java-options").read_text().splitlines()
+        return [line.strip('"').removeprefix("-D") for line in lines if "roxy" in line]
+
+    assert options() == []
+    monkeypatch.setenv("NO_PROXY", "localhost, .corp,169.254.169.254")
+    monkeypatch.setenv("http_proxy", "http://proxy:port")
+    assert options() == []
+    monkeypatch.setenv("https_proxy", "http://me:secret@proxy:3128")
+    monkeypatch.setenv("http_proxy", "http://other")
+    assert options() == [
+        *("https.proxyHost=proxy", "https.proxyPort=3128"),
+        *("http.proxyHost=other", "http.proxyPort=80"),
+        "http.nonProxyHosts=localhost|*.corp|169.254.169.254",
+    ]
+
+
 def test_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docker").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     (tmp_path / "docker").chmod(0o755)
@@ -145,6 +169,12 @@ def test_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     pulled, listed = (tmp_path / "calls").read_text().splitlines()
     assert pulled.startswith("pull --quiet")
     assert listed == "ps --quiet --filter name=s-4"
+    assert "HTTPS_PROXY" not in command.arguments
+    monkeypatch.setenv("https_proxy", "http://me:secret@proxy:3128")
+    command = found.command(tmp_path / "a", REGISTRATION)
+    assert "HTTPS_PROXY" in command.arguments
+    assert command.environment["HTTPS_PROXY"] == "http://me:secret@proxy:3128"
+    assert "secret" not in " ".join(command.arguments)
 
 
 def test_an_image_that_cant_be_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

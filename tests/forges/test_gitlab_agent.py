@@ -132,11 +132,30 @@ def test_in_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.environment["RUNNER_EXECUTOR"] == "docker"
 
 
+def test_containers_get_proxies_that_everybody_may_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_EXECUTOR", "docker")
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("HTTP_PROXY", "http://me:secret@proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "localhost,.corp")
+    line = " ".join(Agent().command(tmp_path, REGISTRATION).arguments)
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        assert f" --env {name}=http://proxy:3128" in line
+    for name in ("NO_PROXY", "no_proxy"):
+        assert f" --env {name}=localhost,.corp" in line
+    assert "secret" not in line
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:3128")
+    assert "127.0.0.1" not in " ".join(Agent().command(tmp_path, REGISTRATION).arguments)
+
+
 def test_a_private_authority(gl: GitLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "CI_SERVER_TLS_CA_FILE"
     assert name not in Agent().command(tmp_path, REGISTRATION).environment
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/ca.pem")
     assert Agent().command(tmp_path, REGISTRATION).environment[name] == "/ca.pem"
+    monkeypatch.setenv("SSL_CERT_FILE", "/ca.pem")  # which its program reads
+    assert name not in Agent().command(tmp_path, REGISTRATION).environment
 
 
 # Its output

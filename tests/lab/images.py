@@ -2,9 +2,13 @@
 
 lab.example/pause:1, lab.example/busybox:1   a shell, and what pods themselves live on
 lab.example/system:1   a Debian like that of a cloud's machines
+lab.example/plain:1    the same, which trusts nobody whom a stock image doesn't trust
+lab.example/impatient:1   the same, which doesn't wait long for an index
+lab.example/ready:1    the same with all that a supervisor depends on
 lab.example/bare:1     the same without Python, but with an apt-get that knows where it is
 lab.example/agent:1    the same with GitHub's runner program and a user of its own, who isn't
                        root, as ghcr.io/actions/actions-runner
+lab.example/plain-agent:1   the same, which trusts nobody else either
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cml_runner.boot import environment
 from tests.lab import actions_runner
 
 if TYPE_CHECKING:
@@ -29,7 +36,8 @@ APPLETS = (
 )
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-PYTHON = "usr/bin/python3"
+PYTHON, PLATFORM = "usr/bin/python3", "x86_64-manylinux_2_36"
+MADE_FOR = "images.lock"  # a file beside the archive
 APT = """\
 #!/bin/sh
 echo "apt-get $*"
@@ -37,11 +45,13 @@ case "$*" in
     *install*ca-certificates*python3*) cp /usr/libexec/python /usr/bin/python3 ;;
 esac
 """
+IMPATIENT = f"{environment.VARIABLE}=8"
+HOME, OWN_PATH = "HOME=/home/runner", "PYTHONPATH=/home/runner/own"
 USER = "runner:x:1001:1001::/home/runner:/bin/bash\n"
 
 
 def build(system: Path, authority: Path, directory: Path) -> None:
-    """Make images.tar of a root file system and of whom to trust."""
+    """Make images.tar of a root file system, of whom to trust, and of the wheels beside it."""
     work = directory / "layers"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -54,20 +64,37 @@ def build(system: Path, authority: Path, directory: Path) -> None:
             {BUNDLE[1:]: (system / BUNDLE[1:]).read_text() + authority.read_text()},
         ),
         "bare": _bare(work / "bare", system),
+        "environment": _environment(work / "environment", system, directory / "wheels"),
         "agent": _agent(work / "agent", system),
     }
     sleep = {"Cmd": ["/bin/sh", "-c", "sleep 2147483647"]}
     user = {**trust, "User": "1001", "WorkingDir": "/home/runner"}
-    user["Env"] = [*trust["Env"], "HOME=/home/runner"]
+    user["Env"] = [*trust["Env"], HOME, OWN_PATH]
     images: dict[str, tuple[list[str], Mapping[str, Any]]] = {
         "pause": (["busybox"], sleep),
         "busybox": (["busybox"], sleep),
         "system": (["system", "trust"], trust),
+        "plain": (["system"], {}),
+        "impatient": (["system", "trust"], {"Env": [*trust["Env"], IMPATIENT]}),
+        "ready": (["system", "trust", "environment"], trust),
         "bare": (["system", "trust", "bare"], trust),
         "agent": (["system", "trust", "agent"], user),
+        "plain-agent": (["system", "agent"], {**user, "Env": [HOME]}),
     }
     _write(directory / "images.tar", layers, images)
     shutil.rmtree(work)
+    (directory / MADE_FOR).write_text(_lock())
+
+
+def are_there(directory: Path) -> bool:
+    """Say if images.tar is there, with what today's supervisor depends on."""
+    made_for = directory / MADE_FOR
+    there = (directory / "images.tar").exists() and made_for.exists()
+    return there and made_for.read_text() == _lock()
+
+
+def _lock() -> str:
+    return hashlib.sha256(environment.lock()).hexdigest()
 
 
 def _write(
@@ -114,6 +141,30 @@ def _bare(root: Path, system: Path) -> Path:
     (root / "usr" / "libexec").mkdir()
     shutil.copy(system / "usr" / "bin" / python, root / "usr" / "libexec" / "python")
     return _layer(found.with_suffix(".tar"), found)
+
+
+def install(root: Path, system: Path, wheels: Path) -> None:
+    """Put below a root what the lock names, for a system's Python."""
+    python = (system / PYTHON).resolve().name
+    place = root / str(environment.ROOT)[1:] / f"env-{_lock()[:12]}"
+    (place / "bin").mkdir(parents=True)
+    (place / "bin" / "python").symlink_to(f"/{PYTHON}")
+    (place / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    (place / environment.COMPLETE).touch()
+    requirements = root.with_suffix(".txt")
+    requirements.write_bytes(environment.lock())
+    command = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target")
+    target = place / "lib" / python / "site-packages"
+    only = ("--no-deps", "--require-hashes", "--only-binary", ":all:")
+    kind = ("--python-version", python.removeprefix("python"), "--python-platform", PLATFORM)
+    source = ("--no-cache", "--no-index", "--find-links", str(wheels), "-r", str(requirements))
+    subprocess.run([*command, str(target), *only, *kind, *source], check=True)
+    requirements.unlink()
+
+
+def _environment(root: Path, system: Path, wheels: Path) -> Path:
+    install(root, system, wheels)
+    return _layer(root.with_suffix(".tar"), root)
 
 
 def _agent(root: Path, system: Path) -> Path:

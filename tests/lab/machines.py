@@ -21,7 +21,7 @@ import psutil
 from tests.lab.internet import GATEWAY, ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from tests.lab.internet import Internet
@@ -66,7 +66,10 @@ def seeded(instance: Instance) -> dict[str, str]:
 
 
 class Machine:
-    """One of them; `files` are what its cloud's images have in place of the system's."""
+    """One of them; `files` are what its cloud's images have in place of the system's.
+
+    Layers are directories that lie above the system's.
+    """
 
     def __init__(
         self,
@@ -78,11 +81,13 @@ class Machine:
         said: Callable[[str], None],
         ended: Callable[[], None],
         files: Mapping[str, str] | None = None,
+        layers: Sequence[Path] = (),
     ) -> None:
         self.instance, self._internet = instance, internet
         self._files = files or {}
         self._host = instance.id.replace("_", "-")
         self._system, self._directory = system, directory
+        self._layers = ":".join(map(str, (*layers, system)))
         self._name = f"{internet.name}-{number}"
         self._link = f"m{number}"
         self._said, self._ended, self._files = said, ended, files or {}
@@ -183,7 +188,7 @@ class Machine:
             path = upper / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
-        layers = f"lowerdir={self._system},upperdir={upper},workdir={self._directory / 'work'}"
+        layers = f"lowerdir={self._layers},upperdir={upper},workdir={self._directory / 'work'}"
         mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(root)]
         subprocess.run(mount, check=True)
         self._connect()

@@ -3,26 +3,24 @@
 Needs root, mmdebstrap and the package indexes that apt and pip use here. Puts there:
 
     bookworm/, trixie/  root file systems like those of a cloud's images
-    wheels/             our own package and all that a machine on AWS installs with it
-    uv.tar.gz           as uv's releases are
+    wheels/             all that our locks name, for these systems: never our own package
+    environments/       what the lock names, installed: a layer for each of these systems
     kubernetes/         the programs of a cluster, see cluster_programs.py
     images.tar, *.pem   container images, and the authority that they trust
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 from tests.lab import cluster_programs, images
 from tests.lab.internet import certify
 
 ROOT = Path(__file__).parents[2]
+LOCKS = tuple((ROOT / "cml_runner" / "boot").glob("*.txt"))
 SUITES = {"bookworm": "3.11", "trixie": "3.13"}  # and their Python
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "cloud-init", "iproute2", "netbase", "procps"),
@@ -36,14 +34,14 @@ def main(directory: Path) -> None:
     for suite in SUITES:
         _debootstrap(suite, directory / suite)
     wheels = directory / "wheels"
-    shutil.rmtree(wheels, ignore_errors=True)  # ours changes all the time
-    pip = (sys.executable, "-m", "pip")
-    _run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
-    (own,) = wheels.glob("*.whl")
     for python in SUITES.values():
         only = ("--only-binary=:all:", "--python-version", python, "--dest", str(wheels))
-        _run(*pip, "download", "--quiet", *only, f"{own}[aws]", "uv")
-    _pack(next(wheels.glob("uv-*.whl")), directory / "uv.tar.gz")
+        for lock in LOCKS:
+            given = ("--no-deps", "--require-hashes", "--requirement", str(lock))
+            _run(sys.executable, "-m", "pip", "download", "--quiet", *only, *given)
+    shutil.rmtree(directory / "environments", ignore_errors=True)
+    for suite in SUITES:
+        images.install(directory / "environments" / suite, directory / suite, wheels)
     if not (directory / "ca.pem").exists():
         certify(directory)
     if not (directory / "images.tar").exists():
@@ -59,17 +57,6 @@ def _debootstrap(suite: str, system: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
         _run("mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", suite, str(new))
         new.rename(system)
-
-
-def _pack(wheel: Path, archive: Path) -> None:
-    """Make a release's archive of the program that a wheel of uv holds."""
-    with zipfile.ZipFile(wheel) as files:
-        (name,) = (name for name in files.namelist() if name.endswith("/scripts/uv"))
-        content = files.read(name)
-    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        entry = tarfile.TarInfo("uv-x86_64-unknown-linux-gnu/uv")
-        entry.size, entry.mode = len(content), 0o755
-        tar.addfile(entry, io.BytesIO(content))
 
 
 def _run(*command: str) -> None:

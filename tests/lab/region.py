@@ -9,7 +9,6 @@ The forge is another one on demand: gitlab.com, or Bitbucket.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import shutil
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit
 from tests.lab.aws import AWS
 from tests.lab.internet import Internet
 from tests.lab.machines import Instance, Machine
-from tests.lab.prepare import SUITES
+from tests.lab.prepare import ROOT, SUITES
 from tests.worlds import WORLDS, OnGitHub
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def missing(prepared: Path) -> str:
         return "needs root"
     if tools := [name for name in TOOLS if not shutil.which(name)]:
         return f"needs {', '.join(tools)}"
-    if not (prepared / "uv.tar.gz").exists():
+    if not (prepared / "wheels").exists():
         return "needs LAB_DIRECTORY, as made by python -m tests.lab.prepare"
     return ""
 
@@ -71,8 +70,11 @@ class Region:
         self._numbers = count(1)
         self._stack = ExitStack()
         self.internet = Internet(directory)
+        self.index = Index(prepared)
         self.open()
         self.world: World = WORLDS[forge](directory)
+        self.stock = False  # machines bring nothing of what our program depends on
+        self.more_files: dict[str, str] = {}  # on the disks of machines
         self.launcher: dict[str, str] = {}  # keys; empty: those of an administrator
 
     def __enter__(self: Own) -> Own:
@@ -84,7 +86,7 @@ class Region:
             self.internet.serve(host, application or proxy(self.github.own_url))
         for host, application in sites.items():
             self.internet.serve(host, application)
-        self.internet.serve(PACKAGES, index(self.prepared))
+        self.internet.serve(PACKAGES, self.index)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,20 +105,21 @@ class Region:
 
     def environment(self, keys: dict[str, str] | None = None) -> dict[str, str]:
         """Name the variables of a launcher."""
-        uv = hashlib.sha256((self.prepared / "uv.tar.gz").read_bytes()).hexdigest()
         return {
             **self.login(keys or self.launcher),
             **self.world.environment,
             "CML_RUNNER_REPO": self.world.repo,
-            "CML_RUNNER_MACHINE_PACKAGE_INDEX": f"https://{PACKAGES}/simple/",
-            "CML_RUNNER_MACHINE_UV": f"https://{PACKAGES}/uv.tar.gz#sha256={uv}",
+            "CML_RUNNER_MACHINE_INDEX": self.index.url,
         }
 
     def cli(
-        self, *arguments: str, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        checkout: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        """Run the program on somebody's laptop in this internet."""
-        command = [sys.executable, "-m", "cml_runner", *arguments]
+        """Run the program on somebody's laptop in this internet, from some checkout."""
+        command = ["env", "-C", str(checkout), sys.executable, "-m", "cml_runner", *arguments]
         return self.internet.run(command, {**self.environment(), **(environment or {})})
 
     # What is AWS's own; another cloud's region is a class which replaces it
@@ -175,7 +178,8 @@ class Region:
             number,
             say,
             lambda: self.powered_off(instance.id),
-            self.files(instance),
+            {**self.files(instance), **self.more_files},
+            () if self.stock else (self.prepared / "environments" / self.suite,),
         )
         self.internet.metadata(instance.address, self.metadata(instance.id))
         self.machines[instance.id] = machine
@@ -204,27 +208,37 @@ class Region:
                 machine.end()
 
 
-def index(prepared: Path) -> Callable[..., Iterable[bytes]]:
-    """Be a simple index, as PEP 503 has it."""
+class Index:
+    """A simple index of packages, as PEP 503 has it; it hasn't got ours."""
 
-    def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    url = f"https://{PACKAGES}/simple/"
+
+    def __init__(self, prepared: Path) -> None:
+        self._wheels = prepared / "wheels"
+        self.away = False
+        self.faults = 0  # so many times more it is away
+        self.asked: list[str] = []  # paths
+        self.sent = 0  # bytes
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         parts = environ["PATH_INFO"].strip("/").split("/")
-        wheels = prepared / "wheels"
+        self.asked.append(environ["PATH_INFO"])
+        self.faults, fault = max(0, self.faults - 1), self.faults > 0
         content, kind = b"", "application/octet-stream"
+        if self.away or fault or parts[-1] == "cml-runner":
+            start("403 No" if parts[-1] == "cml-runner" else "503 Away", [("Content-Length", "0")])
+            return []
         if parts[0] == "simple" and len(parts) == 2:
-            found = [one for one in wheels.iterdir() if _project(one.name) == parts[1]]
+            found = [one for one in self._wheels.iterdir() if _project(one.name) == parts[1]]
             links = "".join(f'<a href="/files/{one.name}">{one.name}</a>\n' for one in found)
             page = f"<!DOCTYPE html><html><body>{links}</body></html>"
             content, kind = page.encode() if found else b"", "text/html"
-        elif parts[0] == "files" and (wheels / parts[-1]).exists():
-            content = (wheels / parts[-1]).read_bytes()
-        elif parts == ["uv.tar.gz"]:
-            content = (prepared / "uv.tar.gz").read_bytes()
+        elif parts[0] == "files" and (self._wheels / parts[-1]).exists():
+            content = (self._wheels / parts[-1]).read_bytes()
+        self.sent += len(content)
         status = "200 OK" if content else "404 Not Found"
         start(status, [("Content-Type", kind), ("Content-Length", str(len(content)))])
         return [content]
-
-    return application
 
 
 def _project(wheel: str) -> str:

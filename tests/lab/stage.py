@@ -11,6 +11,7 @@ What a cloud does to its machines stands here; what a scene is about doesn't.
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cml_runner.wait import until
 from tests.lab.azure.region import AzureRegion
 from tests.lab.gcp.region import GoogleRegion
+from tests.lab.prepare import ROOT
 from tests.lab.region import Region
 
 if TYPE_CHECKING:
@@ -33,6 +35,14 @@ REFUSALS = ("Unauthorized", "Auth", "Required")  # in the words of all clouds
 OUTSIDE = "Microsoft.Compute/skus/read"  # a right that nobody has on a resource group
 PATIENCE = 60  # seconds
 NOTICE = {"aws": 30, "azure": 30, "gcp": 120}  # seconds, of which machines take but few
+WRITE = """
+import sys
+from cml_runner import clouds
+from cml_runner.model import Identifier, Task
+cloud, region, part, identifier, name, content = sys.argv[1:]
+bucket = clouds.load(cloud, region).plan(Task(id=Identifier.parse(identifier))).bucket
+getattr(bucket, part).write(name, content.encode())
+"""
 ASK = "curl -s -m 3"
 
 
@@ -90,18 +100,30 @@ class Stage:
 
     # What people do
 
-    def cli(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done: subprocess.CompletedProcess[str] = self.region.cli(*arguments)
+    def cli(
+        self, *arguments: str, code: int = 0, checkout: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = self.region.cli(*arguments, checkout=checkout)
         assert done.returncode == code, f"{done.stdout}\n{done.stderr}\n{self.region.said()}"
         return done
 
-    def try_launch(self, *more: str, code: int) -> subprocess.CompletedProcess[str]:
+    def try_launch(
+        self, *more: str, code: int, checkout: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
         limit = ("--wait-timeout", "80s")
-        return self.cli("launch", *self.place, "--labels", LABEL, *limit, *more, code=code)
+        words = ("launch", *self.place, "--labels", LABEL, *limit, *more)
+        return self.cli(*words, code=code, checkout=checkout)
 
-    def launch(self, *more: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.try_launch(*more, code=0).stdout)
+    def launch(self, *more: str, checkout: Path = ROOT) -> dict[str, Any]:
+        done = self.try_launch(*more, code=0, checkout=checkout)
+        found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+    def write(self, part: str, identifier: str, name: str, content: str) -> None:
+        """Write an object as a launcher can: of a task (`store`), or a program (`programs`)."""
+        command = [sys.executable, "-c", WRITE, self.cloud, self.name, part, identifier, name]
+        done = self.region.internet.run([*command, content], self.region.environment())
+        assert done.returncode == 0, done.stderr
 
     def submit(self, name: str, script: str) -> None:
         self.world.submit(name, script, LABEL)
@@ -150,6 +172,18 @@ class Stage:
         return machine.run(f"runuser -u {user} -- {question}" if user else question)
 
     # What the cloud does
+
+    def throttle_ends(self, times: int) -> Any:
+        """Have the cloud refuse that many times to end a machine."""
+        match self.cloud:
+            case "aws":
+                action = "autoscaling:TerminateInstanceInAutoScalingGroup"
+                return self.there.fail(action, "Throttling", "Rate exceeded", times=times)
+            case "azure":
+                action = "Microsoft.Compute/virtualMachines/delete"
+                return self.there.fail(action, "TooManyRequests", times=times, status=429)
+        action = "compute.regionInstanceGroupManagers.recreateInstances"
+        return self.there.fail(action, 429, "rateLimitExceeded", times=times)
 
     def interrupt(self) -> str:
         """Announce that the machine will be taken away, and take it; return its name."""

@@ -18,6 +18,7 @@ import requests
 from cml_runner.errors import CredentialsError
 from cml_runner.store import Store
 from tests import test_store
+from tests.boot import test_azure as test_azure_machine
 from tests.clouds import azure_rig as rigs
 from tests.clouds import test_azure, test_azure_launches, test_contract
 from tests.clouds.test_azure_launches import environment
@@ -60,6 +61,7 @@ def borrowed(module: ModuleType) -> dict[str, Any]:
 
 
 globals().update(borrowed(test_contract) | borrowed(test_azure) | borrowed(test_azure_launches))
+globals().update(borrowed(test_azure_machine))
 globals().update(borrowed(test_store) | borrowed(test_snapshot) | borrowed(test_restore))
 __all__ = ["environment", "source"]  # their fixtures
 

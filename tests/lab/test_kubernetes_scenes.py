@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import pytest
 
 from cml_runner.wait import until
 from tests.lab.github import WorkflowJob
+from tests.lab.images import OWN_PATH
+from tests.lab.prepare import ROOT
 from tests.worlds import OnGitHub
 
 if TYPE_CHECKING:
@@ -40,10 +43,11 @@ def town(country: Country, tmp_path: Path, forge: str) -> Iterator[Town]:
         yield found
 
 
-def launch(town: Town, *more: str, image: str = "system") -> dict[str, Any]:
+def launch(town: Town, *more: str, image: str = "system", checkout: Path = ROOT) -> dict[str, Any]:
     where = ("--cloud", "kubernetes", "--cloud-type", "0.5-500")
     what = ("--cloud-image", f"lab.example/{image}:1", "--labels", "x")
-    done = town.cli("launch", *where, *what, "--wait-timeout", "110s", *more)
+    limit = ("--wait-timeout", "110s")
+    done = town.cli("launch", *where, *what, *limit, *more, checkout=checkout)
     assert done.returncode == 0, done.stderr + logs(town)
     assert town.world.environment["REPO_TOKEN"] not in done.stderr + done.stdout
     found: dict[str, Any] = json.loads(done.stdout)
@@ -63,6 +67,16 @@ def wait(town: Town, condition: Callable[[], object], what: str, timeout: float 
     except Exception as error:
         msg = f"{error}\n{logs(town)}"
         raise AssertionError(msg) from error
+
+
+def changed(directory: Path, module: str, old: str, new: str) -> Path:
+    """Make a checkout in which a module says something else."""
+    unwanted = shutil.ignore_patterns("__pycache__")
+    package = shutil.copytree(ROOT / "cml_runner", directory / "cml_runner", ignore=unwanted)
+    text = (package / module).read_text()
+    assert old in text
+    (package / module).write_text(text.replace(old, new))
+    return directory
 
 
 def over(town: Town) -> None:
@@ -144,7 +158,7 @@ def test_one_job_in_an_image_that_brings_the_agent(town: Town) -> None:
     assert secret not in json.dumps(town.ask("GET", "secrets"))
     wait(town, lambda: world.job("train").state == "succeeded", "the job")
     log = world.job("train").log
-    assert "1001" in log.splitlines()
+    assert {"1001", OWN_PATH} <= set(log.splitlines())
     assert secret not in log
     over(town)
     assert "actions-runner" not in town.cli("logs", found["id"], "--cloud", "kubernetes").stdout
@@ -157,6 +171,78 @@ def test_an_image_without_python(town: Town) -> None:
     wait(town, lambda: world.job("train").state == "succeeded", "the job")
     assert "runner" in world.job("train").log.splitlines()
     over(town)
+
+
+def test_the_pod_runs_what_launched_it(town: Town, tmp_path: Path) -> None:
+    """It was never released, and whoever takes our name at the index gains nothing."""
+    asked = town.country.index.asked
+    before, old, new = len(asked), "is ready for jobs", "is eager to have jobs"
+    checkout = changed(tmp_path / "checkout", "supervise/__init__.py", old, new)
+    found = launch(town, "--single", checkout=checkout)
+    said = town.cli("logs", found["id"], "--cloud", "kubernetes").stdout
+    assert new in said
+    assert old not in said
+    assert "/simple/uv/" in asked[before:]
+    assert not [path for path in asked[before:] if "cml" in path]
+    version = town.cli("--version", checkout=checkout).stdout
+    shown = town.cli("show", found["id"], "--cloud", "kubernetes", "--output", "json").stdout
+    assert f"({json.loads(shown)['machines'][0]['program']})" in version
+    assert town.cli("--version").stdout != version
+
+
+def test_an_image_that_brings_all_that_we_depend_on(town: Town) -> None:
+    asked = town.country.index.asked
+    before = len(asked)
+    launch(town, "--idle-timeout", "2s", image="ready")
+    assert asked[before:] == [], "is the lab prepared for another lock?"
+    over(town)
+
+
+@pytest.mark.parametrize("image", ["plain", "plain-agent"])
+def test_whom_the_launcher_trusts_the_pod_trusts(town: Town, image: str) -> None:
+    """Index and forge have certificates of a private authority; jobs trust it as well."""
+    world = town.world
+    launch(town, "--idle-timeout", "4s", image=image)
+    world.submit("train", f"curl -sS {town.country.index.url}uv/", "x")
+    wait(town, lambda: world.job("train").state == "succeeded", "the job")
+    assert "href" in world.job("train").log
+    over(town)
+
+
+def test_an_index_that_is_away_for_a_moment(town: Town) -> None:
+    index = town.country.index
+    index.faults = 4
+    launch(town, "--idle-timeout", "2s")
+    assert not index.faults
+    over(town)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_index_that_is_gone(town: Town, waits: bool) -> None:
+    """The first pod is the last one, and tells why."""
+    index = town.country.index
+    index.away = True
+    try:
+        size = ("--cloud-type", "0.5-500", "--cloud-image", "lab.example/impatient:1")
+        more = () if waits else ("--no-wait",)
+        done = town.cli("launch", "--cloud", "kubernetes", *size, "--labels", "x", *more)
+        if waits:
+            assert done.returncode == 11, done.stderr + logs(town)
+            assert "503" in done.stderr
+            wait(town, lambda: not town.left(), "the end of all", COLLECTED)
+            return
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        wait(town, lambda: town.ask("GET", "pods")["items"] and not town.pods(), "its end")
+    finally:
+        index.away = False
+    said = town.cli("logs", found["id"], "--cloud", "kubernetes").stdout
+    assert f"{index.url}uv/: 503" in said.splitlines()[-1]
+    shown = town.cli("show", found["id"], "--cloud", "kubernetes", "--output", "json").stdout
+    (machine,) = json.loads(shown)["machines"]
+    assert machine["state"] == "failed"
+    assert "503" in machine["reason"]
+    assert len(town.ask("GET", "pods")["items"]) == 1
 
 
 def test_several_runners_are_one_job(town: Town) -> None:

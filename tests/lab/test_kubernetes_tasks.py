@@ -10,7 +10,8 @@ import pytest
 
 from tests.lab.aws import AWS, REGION
 from tests.lab.pod_identity import Identities
-from tests.lab.test_kubernetes_scenes import COLLECTED, PATIENCE, logs, wait
+from tests.lab.prepare import ROOT
+from tests.lab.test_kubernetes_scenes import COLLECTED, PATIENCE, changed, logs, wait
 
 if TYPE_CHECKING:
     import subprocess
@@ -76,9 +77,14 @@ def run(
 
 
 def ask(
-    town: Town, verb: str, *more: str, environment: Mapping[str, str] | None = None
+    town: Town,
+    verb: str,
+    *more: str,
+    environment: Mapping[str, str] | None = None,
+    checkout: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    done = town.cli("task", verb, "count", *PLACE, *more, environment=environment)
+    words = ("task", verb, "count", *PLACE, *more)
+    done = town.cli(*words, environment=environment, checkout=checkout)
     assert done.returncode == 0, done.stderr + logs(town)
     return done
 
@@ -163,8 +169,10 @@ def test_stopped_and_started(town: Town, workdir: Path, tmp_path: Path) -> None:
     count = int((tmp_path / "stopped" / "counter").read_text())
     assert count >= 5
     wait(town, lambda: not town.pods(), "who moved the data to be gone", 10)
-    ask(town, "start")
+    newer = changed(tmp_path / "newer", "supervise/script/data.py", "restored %d", "fetched %d")
+    ask(town, "start", checkout=newer)
     wait(town, lambda: f"begin at {count}, epoch 2" in said(town), "it to go on", PATIENCE)
+    assert "fetched " in said(town), "it runs the program of who starts it"
     done = town.cli("task", "logs", "-f", "count", *PLACE)
     assert done.returncode == 3, done.stderr + logs(town)
     ask(town, "destroy")

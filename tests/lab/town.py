@@ -8,7 +8,6 @@ A launcher may do no more there than our own Role says.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import urllib.error
@@ -20,7 +19,8 @@ from cml_runner.clouds.kubernetes import Cloud
 from cml_runner.wait import until
 from tests.lab.cluster import Cluster
 from tests.lab.internet import Internet
-from tests.lab.region import FORGE, PACKAGES, index, proxy
+from tests.lab.prepare import ROOT
+from tests.lab.region import FORGE, PACKAGES, Index, proxy
 from tests.worlds import WORLDS, OnGitHub
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class Country:
         self.prepared = prepared
         self.internet = Internet(directory, prepared)
         self.cluster = Cluster(prepared, directory, self.internet)
+        self.index = Index(prepared)
         self._numbers = count(1)
         self._stack = ExitStack()
 
     def __enter__(self) -> Country:
         self._stack.enter_context(self.internet)
         self._stack.enter_context(self.cluster)
-        self.internet.serve(PACKAGES, index(self.prepared))
+        self.internet.serve(PACKAGES, self.index)
         self.internet.serve(REGISTRY, _registry)
         return self
 
@@ -132,21 +133,21 @@ class Town:
     @property
     def environment(self) -> dict[str, str]:
         """Name the variables of a launcher."""
-        archive = self.country.prepared / "uv.tar.gz"
-        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         return {
             "KUBECONFIG": str(self.kubeconfig),
             **self.world.environment,
             "CML_RUNNER_REPO": self.world.repo,
-            "CML_RUNNER_MACHINE_PACKAGE_INDEX": f"https://{PACKAGES}/simple/",
-            "CML_RUNNER_MACHINE_UV": f"https://{PACKAGES}/uv.tar.gz#sha256={sha256}",
+            "CML_RUNNER_MACHINE_INDEX": self.country.index.url,
         }
 
     def cli(
-        self, *arguments: str, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        checkout: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        """Run the program on somebody's laptop."""
-        command = [sys.executable, "-m", "cml_runner", *arguments]
+        """Run the program on somebody's laptop, from some checkout."""
+        command = ["env", "-C", str(checkout), sys.executable, "-m", "cml_runner", *arguments]
         return self.country.internet.run(command, {**self.environment, **(environment or {})})
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

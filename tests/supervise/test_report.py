@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cml_runner import logs, store
+from cml_runner import logs, program, store
 from cml_runner.model import Status
 from cml_runner.store import Store
 from cml_runner.supervise.report import Report
@@ -39,6 +39,10 @@ def status(bucket: Store) -> Status | None:
 def state(bucket: Store) -> str:
     found = status(bucket)
     return found.state if found else ""
+
+
+def test_it_says_which_program_it_is_from(report: Report) -> None:
+    assert report.status.program == program.digest()[:12]
 
 
 def test_news_are_told_soon(bucket: Store, report: Report) -> None:

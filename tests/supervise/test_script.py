@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cml_runner import bootstrap, store
+from cml_runner import store
+from cml_runner.boot import prepare
 from cml_runner.model import Identifier, Result, Script, Settings, Status
 from cml_runner.transfer import History, Rules, Writer, restore
 from cml_runner.wait import until
@@ -92,7 +93,7 @@ def test_who_returns_from_the_dead_goes_again(
     assert 0 < counted(tmp_path, "new") <= reached + 10
     old.send_signal(signal.SIGCONT)
     _, err = old.communicate(timeout=40)
-    assert old.returncode == bootstrap.INTERRUPTED, err
+    assert old.returncode == prepare.INTERRUPTED, err
     assert "another machine has taken over" in err
     assert not (tmp_path / "old" / "work" / "task").exists()
     status = bucket.load(store.status(0), Status)
@@ -121,7 +122,7 @@ def test_a_signal_saves_the_data(bucket: store.Store, start: Start, tmp_path: Pa
     until(lambda: counted(tmp_path, "machine") > 3, "the script to count", 30, 0.1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=40)
-    assert process.returncode == bootstrap.INTERRUPTED, err
+    assert process.returncode == prepare.INTERRUPTED, err
     assert snapshots(bucket) == 1
     assert bucket.load(store.result(0), Result) is None
     status = bucket.load(store.status(0), Status)
@@ -141,7 +142,7 @@ def test_data_that_can_not_be_reached(bucket: store.Store, start: Start) -> None
         process = start(name)
         process.communicate(timeout=40)
         codes.append(process.returncode)
-    assert codes == [bootstrap.INTERRUPTED, 0]
+    assert codes == [prepare.INTERRUPTED, 0]
     result = bucket.load(store.result(0), Result)
     assert result
     assert result.code
@@ -159,7 +160,7 @@ def test_data_that_are_gone(bucket: store.Store, start: Start) -> None:
         status = bucket.load(store.status(0), Status)
         assert status
         assert status.state == "failed"
-    assert codes == [bootstrap.INTERRUPTED, 0]
+    assert codes == [prepare.INTERRUPTED, 0]
     result = bucket.load(store.result(0), Result)
     assert result
     assert (result.code, result.reason) == (4, "the data of this task are gone")

@@ -143,7 +143,9 @@ def test_what_was_promised_is_kept_or_refused(
 def test_sudo_comes_and_goes(tools: Tools) -> None:
     tools.add("nft")
     assert prepare(sudo=True).sudo
-    assert user.SUDOERS.read_text() == f"{NOBODY} ALL=(ALL:ALL) NOPASSWD:ALL\n"
+    lets, keeps = user.SUDOERS.read_text().splitlines()
+    assert lets == f"{NOBODY} ALL=(ALL:ALL) NOPASSWD:ALL"
+    assert keeps.startswith(f'Defaults:{NOBODY} env_keep += "HTTPS_PROXY HTTP_PROXY NO_PROXY ')
     assert stat.S_IMODE(user.SUDOERS.stat().st_mode) == 0o440
     assert list(user.SUDOERS.parent.iterdir()) == [user.SUDOERS]
     assert not prepare().sudo

@@ -72,13 +72,13 @@ def test_every_mistake_is_told(tmp_path: Path) -> None:
                 output="../out",
                 exclude=("- {{.*}}",),
                 tags=("team",),
-                machine_uv="https://uv",
+                machine_index="index",
             ),
             {},
             tmp_path,
         )
     words = "cloud spot parallelism timeout disk-size environment workdir output exclude tags"
-    for word in (*words.split(), "machine-uv", "script"):
+    for word in (*words.split(), "machine-index", "script"):
         assert [one for one in error.value.mistakes if one.startswith(f"--{word}")], word
 
 

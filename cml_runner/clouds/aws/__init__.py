@@ -19,7 +19,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys, leases, wait
+from cml_runner import clouds, keys, leases, wait
+from cml_runner.boot import aws as boot
 from cml_runner.clouds.aws import account, catalogue, checks, machine, older, prices
 from cml_runner.clouds.aws.group import Group
 from cml_runner.clouds.aws.resources import (
@@ -27,6 +28,7 @@ from cml_runner.clouds.aws.resources import (
     KeyPair,
     LaunchTemplate,
     claims,
+    start_script,
 )
 from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
@@ -50,7 +52,6 @@ class Cloud:
     """One account, that of the credentials which the SDK finds, in one region."""
 
     dedicated = keeps = metadata_service = True
-    extra = "aws"
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)
@@ -129,27 +130,15 @@ class Cloud:
         """Ask the metadata service."""
         return machine.notice()
 
-    def leave(self, identifier: Identifier, *, last: bool) -> None:
+    def leave(self, identifier: Identifier, url: str, *, last: bool) -> None:
         """Terminate this instance and have none in its place or, as the last, delete everything.
 
         It goes on trying: a machine that just powered itself off would be replaced.
         """
-        instance = wait.patiently(machine.instance)  # jobs may keep the service busy
-        if not instance:
-            log.warning("the metadata service doesn't say which machine this is")
-        if not instance or not machine.belongs(account.TAG, str(identifier)):
-            return
-        plan = self._plan(Task(id=identifier), None)
-        bucket, group = plan.bucket, plan.group
-        assert isinstance(bucket, Bucket)
-        assert isinstance(group, Group)
-        if not last:
-            wait.insist(lambda: group.dismiss(instance))
-            return
-        for resource in plan.resources[1:-1]:
-            wait.insist(resource.delete)
-        wait.insist(group.discard)
-        wait.insist(bucket.finish)
+        place = url.partition("#")[0]
+        machine = boot.Machine(f"{place}#aws/{self.region}/{identifier}")
+        wait.insist(machine.check)
+        wait.insist(machine.finish if last else machine.dismiss)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         if task.id.prefix == OLDER:
@@ -159,7 +148,8 @@ class Cloud:
         # Whoever deletes doesn't know if there is a key.
         key = KeyPair(bucket) if task.machine.ssh_key or not site else None
         template = LaunchTemplate(bucket, site, key)
-        parts: tuple[clouds.Resource, ...] = (settings, *([key] if key else []), template)
+        program = leases.Program(bucket)
+        parts: tuple[clouds.Resource, ...] = (settings, program, *([key] if key else []), template)
         group = Group(bucket, site, parts)
         arch = catalogue.arch(site.wanted) if site else "x64"
         return clouds.Plan(resources=(bucket, *parts, group), group=group, bucket=bucket, arch=arch)
@@ -206,7 +196,7 @@ def _mistakes(task: Task) -> list[str]:
 def _too_long(task: Task) -> list[str]:
     """Write a start script for an account whose number we don't know yet."""
     try:
-        bootstrap.machine(f"s3://cml-runner-{'0' * 12}/{task.id}", task.program, task.expires)
+        start_script(task, f"s3://cml-runner-{'0' * 12}/{leases.TASKS}/{task.id}", "us-west-2")
     except ConfigurationError as error:
         return list(error.mistakes)
     return []

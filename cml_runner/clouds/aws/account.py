@@ -16,6 +16,8 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from cml_runner.boot.aws import TAG
+from cml_runner.boot.objects import PROGRAMS
 from cml_runner.errors import AlreadyExists, CredentialsError, NotFound
 from cml_runner.leases import LEASES, TASKS
 
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECURITY_GROUP = ROLE = "cml-runner"
-TAG = "cml-runner-id"  # on everything that belongs to one task; the value is its identifier
 OURS = "cml-*"  # all identifiers of runners
 KEPT = 30  # days
+PROGRAMS_KEPT = 60  # days; a launch puts its program again at half of that
 VERSION = "2012-10-17"
 
 
@@ -200,12 +202,16 @@ class Shared:
         encrypted = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
         rules = [
             {
-                "ID": "last-net",
+                "ID": name,
                 "Status": "Enabled",
-                "Filter": {"Prefix": f"{TASKS}/"},
-                "Expiration": {"Days": KEPT},
+                "Filter": {"Prefix": f"{prefix}/"},
+                "Expiration": {"Days": days},
                 "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 1},
             }
+            for name, prefix, days in (
+                ("last-net", TASKS, KEPT),
+                (PROGRAMS, PROGRAMS, PROGRAMS_KEPT),
+            )
         ]
         arn = f"arn:{self._session.account.partition}:s3:::{self.bucket}"
         plain = {
@@ -241,6 +247,13 @@ def machine_policy(account: str, partition: str = "aws") -> dict[str, Any]:
                 "Effect": "Allow",
                 "Action": ["s3:GetObject", "s3:PutObject", "s3:DeleteObject"],
                 "Resource": [f"{ours}/{TASKS}/*", f"{ours}/{LEASES}/*"],
+                "Condition": mine,
+            },
+            {
+                "Sid": "Program",
+                "Effect": "Allow",
+                "Action": ["s3:GetObject"],
+                "Resource": f"{ours}/{PROGRAMS}/*",
                 "Condition": mine,
             },
             {
@@ -376,6 +389,7 @@ def launcher_policy(account: str, region: str, partition: str = "aws") -> dict[s
             [f"{objects}/{TASKS}/*", f"{objects}/{LEASES}/*"],
             mine,
         ),
+        ("Program", ["s3:GetObject", "s3:PutObject"], f"{objects}/{PROGRAMS}/*", mine),
         ("ListObjects", ["s3:ListBucket"], objects, mine),
         (
             "Ssh",

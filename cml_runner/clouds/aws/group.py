@@ -176,16 +176,6 @@ class Group:
                 return text
         return ""
 
-    def dismiss(self, instance: str) -> None:
-        """Terminate one machine, and have none in its place. Absent is dismissed already."""
-        with suppress(NotFound):
-            self.session.call(
-                "autoscaling",
-                "terminate_instance_in_auto_scaling_group",
-                InstanceId=instance,
-                ShouldDecrementDesiredCapacity=True,
-            )
-
     def _running(self, instance: str) -> str:
         return clouds.running(self.instances(), instance, self.name)
 

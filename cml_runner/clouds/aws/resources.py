@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap
 from cml_runner import leases as base
+from cml_runner.boot.objects import PROGRAMS
 from cml_runner.clouds.aws.account import ROLE, TAG, Shared
 from cml_runner.errors import AlreadyExists, NotFound, RunnerError
 from cml_runner.keys import public_key
@@ -49,6 +50,11 @@ class Bucket(base.Bucket):
     def leases(self) -> Store:
         """Where its lease is."""
         return claims(self.session)
+
+    @cached_property
+    def programs(self) -> Store:
+        """Where the programs of machines are."""
+        return _open(self.session, PROGRAMS)
 
     def create(self) -> bool:
         """Put the lease there, unless there is one; before that, see if all else can be had."""
@@ -151,7 +157,7 @@ class LaunchTemplate:
             "DeviceName": image.device,
             "Ebs": {**volume, **({"VolumeSize": size} if size else {})},
         }
-        script = start_script(task, self.bucket)
+        script = start_script(task, self.bucket.store.url, self.bucket.session.region)
         return {
             "ImageId": image.id,
             "UserData": base64.b64encode(script.encode()).decode(),
@@ -171,10 +177,10 @@ class LaunchTemplate:
         }
 
 
-def start_script(task: Task, bucket: Bucket) -> str:
-    """Write the user data: which settings to read and, if they are gone, which task to end."""
-    url = f"{bucket.store.url}#aws/{bucket.session.region}/{task.id}"
-    return bootstrap.machine(url, task.program, task.expires)
+def start_script(task: Task, url: str, region: str) -> str:
+    """Write the user data: where the task's objects are, and which task this is."""
+    full = f"{url}#aws/{region}/{task.id}"
+    return bootstrap.machine(full, task.program, task.expires, task.count)
 
 
 def tags(task: Task, *kinds: str) -> list[dict[str, Any]]:

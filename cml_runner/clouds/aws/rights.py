@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from cml_runner.boot.aws import TAG
 from cml_runner.checkup import allowed
 from cml_runner.clouds.aws import account
 from cml_runner.errors import CredentialsError, NotFound, RunnerError
@@ -140,7 +141,7 @@ def _dry(session: Session, error: RunnerError) -> Iterator[Check]:
     """Ask EC2 to pretend, which it does for some of its calls."""
     name = "ec2:CreateLaunchTemplate"
     identifier = str(Identifier.new("doctor"))
-    tags = [{"Key": account.TAG, "Value": identifier}]
+    tags = [{"Key": TAG, "Value": identifier}]
     try:
         session.call(
             "ec2",

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import times
+from cml_runner import installer, times
 from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
@@ -157,7 +157,7 @@ class Session:
         try:
             import boto3
         except ImportError as error:
-            raise MissingDependency("aws") from error
+            raise MissingDependency(installer.lacking("aws")) from error
         with translated(""):
             return boto3.Session(region_name=self.region)
 
@@ -191,7 +191,7 @@ def translated(service: str) -> Iterator[None]:
     try:
         from botocore import exceptions
     except ImportError as error:
-        raise MissingDependency("aws") from error
+        raise MissingDependency(installer.lacking("aws")) from error
     try:
         yield
     except exceptions.ClientError as error:

@@ -81,10 +81,10 @@ def _check() -> None:
     """Raise MissingDependency unless the plugin is there, and new enough."""
     if not shutil.which(PLUGIN):
         msg = f"a shell on AWS needs the program {PLUGIN}; to install it, see {HELP}"
-        raise MissingDependency("aws", msg)
+        raise MissingDependency(msg)
     done = subprocess.run((PLUGIN, "--version"), capture_output=True, text=True, check=False)
     version = tuple(int(part) for part in re.findall(r"\d+", done.stdout))
     if version <= OLDER:
         found = done.stdout.strip() or "unknown"
         msg = f"{PLUGIN} is too old ({found}): its successors take no secrets as arguments: {HELP}"
-        raise MissingDependency("aws", msg)
+        raise MissingDependency(msg)

@@ -19,21 +19,15 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import clouds, leases, store, web
-from cml_runner.clouds.azure import (
-    account,
-    arm,
-    catalogue,
-    checks,
-    leaving,
-    machine,
-    prices,
-    virtual,
-)
+from cml_runner import clouds, leases, store, wait, web
+from cml_runner.boot import azure as boot
+from cml_runner.boot.first_azure import manager
+from cml_runner.clouds.azure import account, catalogue, checks, machine, prices, virtual
 from cml_runner.clouds.azure.account import Place
 from cml_runner.clouds.azure.group import Group
 from cml_runner.clouds.azure.resources import (
     Bucket,
+    Program,
     Settings,
     exists,
     lease_url,
@@ -63,7 +57,6 @@ class Cloud:
     """One subscription, that of the credentials which the SDK finds, in one region."""
 
     dedicated = keeps = metadata_service = True
-    extra = ""
 
     def __init__(self, region: str) -> None:
         self.region = catalogue.region(region)
@@ -74,12 +67,10 @@ class Cloud:
         alone = task == Task(id=task.id)  # which will do for all but creation
         site = None if alone else self._site(task)
         bucket = Bucket(task, self._session, self.region, site)
-        settings = Settings(bucket)
-        group = Group(bucket, site, (bucket, settings))
+        parts = (bucket, Settings(bucket), Program(bucket))
+        group = Group(bucket, site, parts)
         arch = catalogue.arch(site.types) if site else "x64"
-        return clouds.Plan(
-            resources=(bucket, settings, group), group=group, bucket=bucket, arch=arch
-        )
+        return clouds.Plan(resources=(*parts, group), group=group, bucket=bucket, arch=arch)
 
     def container(self, address: str, options: Mapping[str, str]) -> store.Store:
         """Open a container of any storage account, with our own login and that of the machines."""
@@ -107,7 +98,7 @@ class Cloud:
 
     def now(self) -> datetime:
         """Read the date of an answer, which may be a refusal."""
-        return web.clock(arm.endpoint())
+        return web.clock(manager())
 
     def setup(self) -> list[str]:
         """Make resource group, network, identity with its role, and storage."""
@@ -137,19 +128,24 @@ class Cloud:
     @staticmethod
     def machine() -> str:
         """Return the machine's own identifier. Raises RunnerError where it can't be had."""
-        if found := machine.compute().get("vmId"):
-            return str(found)
-        msg = "the metadata service doesn't say which machine this is"
-        raise RunnerError(msg)
+        try:
+            return str(boot.compute()["vmId"])
+        except OSError as error:
+            raise RunnerError(str(error)) from error
 
     @staticmethod
     def notice() -> Notice | None:
         """Ask the metadata service."""
         return machine.notice()
 
-    def leave(self, identifier: Identifier, *, last: bool) -> None:
-        """Delete this machine and have none in its place or, as the last, delete everything."""
-        leaving.leave(self.region, identifier, last=last)
+    def leave(self, identifier: Identifier, url: str, *, last: bool) -> None:
+        """Delete this machine and have none in its place or, as the last, delete everything.
+
+        It goes on trying: a machine that just powered itself off would be paid for.
+        """
+        place = url.partition("#")[0]
+        own = boot.Machine(f"{place}#azure/{self.region}/{identifier}")
+        wait.insist(own.finish if last else own.dismiss)
 
     def _leases(self) -> store.Store | None:
         """Open what says which tasks there are; None where there have never been any."""

@@ -5,11 +5,12 @@ The pieces are made once and never deleted by us; making them again changes noth
     resource group cml-runner-REGION  in which everything is, that of the tasks too
     security group cml-runner         lets nothing in
     network cml-runner                with one subnet, to which that belongs
-    identity cml-runner               of machines: may touch our container and end our groups
+    identity cml-runner               of machines: may read our objects and end our groups
     storage account cml…              without keys, private, forgets everything after 30 days
-    container cml-runner              in it
+    container cml-runner              in it, with leases and tasks; machines may write there
+    container cml-runner-programs     likewise, with what machines run, for 60 days
 
-The container is made last, so that its existence stands for all of them.
+The last one is made last, so that its existence stands for all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cml_runner.errors import CredentialsError, NotFound, NotReady, RunnerError
@@ -33,18 +35,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "cml-runner"
+PROGRAMS = f"{NAME}-programs"  # boot.first_azure looks there, too
 SUBNET = "machines"
 KEPT = 30  # days
+PROGRAMS_KEPT = 60  # days; a launch puts its program again at half of that
 PROVIDERS = ("Compute", "Network", "Storage", "ManagedIdentity", "Insights")
 REGISTERED = 300  # seconds that the registration of a provider may take
 SPREAD = 120  # seconds until a new role and a new identity are known everywhere
 UNKNOWN = ("RoleDefinitionDoesNotExist", "PrincipalNotFound")
 NAMESPACE = uuid.UUID("6d8a1b0e-6f4e-4a53-9a0c-5b6f4f6a2c11")  # of the names of our roles
 BLOBS = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
-OBJECTS = [f"{BLOBS}/read", f"{BLOBS}/write", f"{BLOBS}/delete"]
+READ, CHANGE = [f"{BLOBS}/read"], [f"{BLOBS}/write", f"{BLOBS}/delete"]
+OBJECTS = [*READ, *CHANGE]
 MACHINE = [
     "Microsoft.Compute/virtualMachines/delete",
-    "Microsoft.Compute/virtualMachines/deallocate/action",
     "Microsoft.Compute/virtualMachineScaleSets/delete",
     "Microsoft.Insights/autoscalesettings/read",
     "Microsoft.Insights/autoscalesettings/write",
@@ -101,6 +105,11 @@ class Place:
         """The machines' identity."""
         return self.id("ManagedIdentity/userAssignedIdentities")
 
+    def container(self, name: str) -> str:
+        """Name one of the containers in it."""
+        account = self.id("Storage/storageAccounts", self.storage)
+        return f"{account}/blobServices/default/containers/{name}"
+
     @property
     def subnet(self) -> str:
         """Where machines are."""
@@ -143,7 +152,9 @@ class Shared:
             (f"identity {NAME}", self._identity),
             ("role of machines", self._role),
             (f"storage account {place.storage}", self._storage),
-            (f"container {NAME}", self._container),
+            (f"container {NAME}", partial(self._container, NAME)),
+            (f"role of machines in {NAME}", self._inner_role),
+            (f"container {PROGRAMS}", partial(self._container, PROGRAMS)),
         ]
         for label, make in steps:
             try:
@@ -216,19 +227,25 @@ class Shared:
 
     def _role(self) -> bool:
         """Write what machines may do, and give it to their identity."""
-        place = self._place
-        scope, name = place.scope.lstrip("/"), place.guid("machine")
-        role = {"properties": machine_role(place)}
-        self._session.call(
-            "authorization", "role_definitions", "create_or_update", scope, name, role
-        )
+        return self._give("machine", machine_role(self._place), self._place.scope)
+
+    def _inner_role(self) -> bool:
+        """Likewise, what they may do in the one container, and not with programs."""
+        role, scope = objects_role(self._place), self._place.container(NAME)
+        return self._give("machine in container", role, scope)
+
+    def _give(self, what: str, role: dict[str, Any], scope: str) -> bool:
+        """Write a role, and give it to the machines' identity, somewhere."""
+        place, own = self._place, ("authorization", "role_definitions", "create_or_update")
+        base, name = place.scope.lstrip("/"), place.guid(what)
+        self._session.call(*own, base, name, {"properties": role})
         identity = self._session.call("msi", "user_assigned_identities", "get", place.group, NAME)
         properties = {
             "roleDefinitionId": place.id("Authorization/roleDefinitions", name),
             "principalId": identity["properties"]["principalId"],
             "principalType": "ServicePrincipal",  # or it must be known everywhere already
         }
-        names, body = (scope, place.guid("machines")), {"properties": properties}
+        names, body = (scope.lstrip("/"), place.guid(f"{what}s")), {"properties": properties}
         end = time.monotonic() + SPREAD
         while True:
             try:
@@ -255,8 +272,8 @@ class Shared:
         self._session.call("storage", "management_policies", "create_or_update", *policy)
         return new
 
-    def _container(self) -> bool:
-        names = (self._place.group, self._place.storage, NAME)
+    def _container(self, name: str) -> bool:
+        names = (self._place.group, self._place.storage, name)
         body = {"properties": {"publicAccess": "None"}}
         return self._make("storage", "blob_containers", names, body, "create")
 
@@ -283,13 +300,13 @@ class Shared:
 
 def machine_role(place: Place) -> dict[str, Any]:
     """Write what a machine may do; the same for all, so tasks of one place trust each other."""
-    return {
-        "roleName": f"cml-runner machine, {place.region} of {place.subscription}",
-        "description": "What a machine of cml-runner may do",
-        "type": "CustomRole",
-        "permissions": [{"actions": MACHINE, "dataActions": OBJECTS}],
-        "assignableScopes": [place.scope],
-    }
+    return _custom(place, "machine", "What a machine of cml-runner may do", MACHINE, READ)
+
+
+def objects_role(place: Place) -> dict[str, Any]:
+    """Write what a machine may do besides, in the container of tasks and leases."""
+    what = "What a machine of cml-runner may do with objects of tasks"
+    return _custom(place, "machine's objects", what, [], CHANGE)
 
 
 def launcher_role(region: str, *, doctor: bool = False) -> dict[str, Any]:
@@ -311,9 +328,29 @@ def launcher_role(region: str, *, doctor: bool = False) -> dict[str, Any]:
     }
 
 
+def _custom(
+    place: Place, name: str, description: str, actions: list[str], data: list[str]
+) -> dict[str, Any]:
+    return {
+        "roleName": f"cml-runner {name}, {place.region} of {place.subscription}",
+        "description": description,
+        "type": "CustomRole",
+        "permissions": [{"actions": actions, "dataActions": data}],
+        "assignableScopes": [place.scope],
+    }
+
+
 def _ageing() -> dict[str, Any]:
-    actions = {"baseBlob": {"delete": {"daysAfterModificationGreaterThan": KEPT}}}
-    filters = {"blobTypes": ["blockBlob"], "prefixMatch": [f"{NAME}/{TASKS}/", f"{NAME}/{LEASES}/"]}
-    definition = {"actions": actions, "filters": filters}
-    rule = {"enabled": True, "name": "forget", "type": "Lifecycle", "definition": definition}
-    return {"policy": {"rules": [rule]}}
+    rules = [
+        _forgotten("forget", KEPT, f"{NAME}/{TASKS}/", f"{NAME}/{LEASES}/"),
+        _forgotten("forget-programs", PROGRAMS_KEPT, f"{PROGRAMS}/"),
+    ]
+    return {"policy": {"rules": rules}}
+
+
+def _forgotten(name: str, days: int, *prefixes: str) -> dict[str, Any]:
+    definition = {
+        "actions": {"baseBlob": {"delete": {"daysAfterModificationGreaterThan": days}}},
+        "filters": {"blobTypes": ["blockBlob"], "prefixMatch": list(prefixes)},
+    }
+    return {"enabled": True, "name": name, "type": "Lifecycle", "definition": definition}

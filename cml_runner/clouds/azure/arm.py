@@ -1,4 +1,4 @@
-"""What Resource Manager's versions and errors are; nothing here is sent, or needs the SDK.
+"""What Resource Manager's errors are; nothing here is sent, or needs the SDK.
 
 https://learn.microsoft.com/azure/azure-resource-manager/management/
 """
@@ -6,7 +6,6 @@ https://learn.microsoft.com/azure/azure-resource-manager/management/
 from __future__ import annotations
 
 import json
-import os
 import re
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
 
     Kind = Literal["capacity", "quota", "permission", "image", "error"]
 
-ENDPOINT = "AZURE_RESOURCE_MANAGER_ENDPOINT"  # a variable: where it is, if not there:
-RESOURCE = "https://management.azure.com"
-VERSIONS = {  # of the APIs with which machines speak without an SDK
-    "Microsoft.Compute": "2024-11-01",
-    "Microsoft.Insights": "2022-10-01",  # autoscale
-    "": "2021-04-01",  # Resource Manager's own
-}
 # Codes: https://learn.microsoft.com/azure/azure-resource-manager/troubleshooting/common-deployment-errors
 # and https://learn.microsoft.com/troubleshoot/azure/virtual-machines/windows/error-messages
 CODES: dict[Kind, frozenset[str]] = {
@@ -69,17 +61,6 @@ CREDENTIALS = frozenset(
 OVER_QUOTA = re.compile(r"quota|exceed\w* .*(cores?|limit)", re.IGNORECASE)
 UNREGISTERED = re.compile(r"namespace '?([A-Za-z.]+)'?")
 DELETING = re.compile(r"being deleted|marked for deletion|under deletion", re.IGNORECASE)
-
-
-def endpoint() -> str:
-    """Say where Resource Manager is."""
-    return (os.environ.get(ENDPOINT) or RESOURCE).rstrip("/")
-
-
-def version(path: str) -> str:
-    """Choose the version of the API that a machine's path belongs to."""
-    provider = path.rpartition("/providers/")[2].partition("/")[0]
-    return VERSIONS.get(provider, VERSIONS[""])
 
 
 def kind(code: str, text: str = "") -> Kind:

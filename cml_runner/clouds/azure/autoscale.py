@@ -9,13 +9,12 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from cml_runner.boot.azure import RUN
 from cml_runner.clouds.azure import arm
 
 KIND = "Insights/autoscalesettings"
-COUNT = "cml-runner-count"  # tag: how many machines are wanted, and have left already
-GONE = "gone-"  # what the names of objects begin with by which machines say that they leave
 EARLIER = timedelta(minutes=5)  # clocks may differ
-RUN, OVER = "run", "over"  # profiles
+OVER = "over"  # the profile after the deadline
 
 
 def setting(
@@ -25,7 +24,7 @@ def setting(
     end: datetime | None,
     tags: dict[str, str],
 ) -> dict[str, Any]:
-    """Describe it, for that many machines at least and at most; the tags must have a COUNT."""
+    """Describe it, for that many machines at least and at most; one of the tags must be COUNT."""
     profiles = [_profile(RUN, *bounds)]
     if end:
         start = datetime.now(timezone.utc) - EARLIER
@@ -38,30 +37,16 @@ def setting(
     }
 
 
-def lowered(found: dict[str, Any], gone: int) -> dict[str, Any] | None:
-    """Lower how many machines there must be at least; None if it is low enough.
-
-    The most that there may be stays: by that, Azure would end machines of its own choice.
-    """
-    least, most = _bounds(found)
-    wanted = max(0, int(found["tags"][COUNT]) - gone)
-    return None if least <= wanted else _again(found, (wanted, most), until(found))
-
-
 def moved(found: dict[str, Any], end: datetime | None) -> dict[str, Any]:
     """Give it another end, and nothing else."""
-    return _again(found, _bounds(found), end)
+    target = found["properties"]["targetResourceUri"]
+    return setting(found["location"], target, _bounds(found), end, found["tags"])
 
 
 def until(found: dict[str, Any]) -> datetime | None:
     """Read its end."""
     window = _run(found).get("fixedDate")
     return arm.moment(window["end"]) if window else None
-
-
-def _again(found: dict[str, Any], bounds: tuple[int, int], end: datetime | None) -> dict[str, Any]:
-    target = found["properties"]["targetResourceUri"]
-    return setting(found["location"], target, bounds, end, found["tags"])
 
 
 def _bounds(found: dict[str, Any]) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cml_runner import checkup, store
 from cml_runner.checkup import Probe
 from cml_runner.clouds.azure import account, catalogue
-from cml_runner.clouds.azure.account import NAME, SUBNET, Place
-from cml_runner.clouds.azure.resources import exists, lease_url
+from cml_runner.clouds.azure.account import NAME, PROGRAMS, SUBNET, Place
+from cml_runner.clouds.azure.resources import exists, lease_url, program_url
 from cml_runner.errors import ConfigurationError, CredentialsError, NotFound
 from cml_runner.model import Check
 
@@ -64,10 +64,12 @@ class _Subscription:
         self._session, self._place, self._task = session, place, task
 
     def probes(self) -> Iterator[Probe]:
-        """Name what is looked at; the container was made last, so it stands for all the rest."""
+        """Name what is looked at; what was made last, a container, stands for all the rest."""
         hint = f"make it: cml-runner setup azure --cloud-region {self._place.region}"
         yield Probe(what="permissions", look=self._permissions, hint=hint, own=True)
-        yield checkup.piece(f"container {NAME} of {self._place.storage}", self._container, hint)
+        for name, url in ((NAME, lease_url), (PROGRAMS, program_url)):
+            what = f"container {name} of {self._place.storage}"
+            yield checkup.piece(what, self._container(url(self._place)), hint)
         yield checkup.piece(f"network {NAME}", self._network, hint, own=True)
         for one in self._identities():
             mend = "name one that exists" if self._task.machine.permissions else hint
@@ -89,10 +91,13 @@ class _Subscription:
         number = len(account.LAUNCHER) + len(account.OBJECTS)
         return checkup.allowed(missing, number, ROLE)
 
-    def _container(self) -> None:
-        found = store.Store(lease_url(self._place), self._session.credentials)
-        if not exists(self._place) or not found.there():
-            raise NotFound(self._place.storage)
+    def _container(self, url: str) -> Callable[[], None]:
+        def look() -> None:
+            found = store.Store(url, self._session.credentials)
+            if not exists(self._place) or not found.there():
+                raise NotFound(self._place.storage)
+
+        return look
 
     def _network(self) -> None:
         """Machines have public addresses in it, so it leads to the internet."""

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cml_runner import wait
+from cml_runner.boot.azure import COUNT, GONE
 from cml_runner.clouds.azure import arm, autoscale, states, virtual
 from cml_runner.clouds.azure.machine import INTERRUPT
 from cml_runner.clouds.azure.resources import tags
@@ -88,7 +89,7 @@ class Group:
             return
         with suppress(NotFound):
             self.expires = autoscale.until(self._setting())
-        gone = len(self.bucket.store.keys(autoscale.GONE))
+        gone = len(self.bucket.store.keys(GONE))
         self._hold(count, self.expires, gone)
         self.operation = self._patch({"sku": {**self._sku(), "capacity": count}})
 
@@ -261,7 +262,7 @@ class Group:
     ) -> None:
         """Have Azure keep that many machines, beside those that have left, until then."""
         task, place = self.bucket.task, self.bucket.place
-        own = tags(task, place.identity, **{autoscale.COUNT: count + gone})
+        own = tags(task, **{COUNT: count + gone})
         bounds = (count if least is None else least, count)
         self._settle(autoscale.setting(place.region, self.path, bounds, until, own))
         self.expires = until

@@ -12,8 +12,8 @@ from urllib.parse import quote
 from urllib.request import getproxies
 
 from cml_runner import leases as base
-from cml_runner.clouds.azure.account import NAME, Place, Shared
-from cml_runner.clouds.azure.machine import IDENTITY, TAG
+from cml_runner.boot.azure import TAG
+from cml_runner.clouds.azure.account import NAME, PROGRAMS, Place, Shared
 from cml_runner.errors import CredentialsError, NotFound
 from cml_runner.leases import LEASES, TASKS
 from cml_runner.store import Store
@@ -27,20 +27,20 @@ LONGEST_TAG = 256  # characters of a value
 ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")  # obstore's, to put blobs elsewhere
 
 
-def url(place: Place, prefix: str, identity: str = "") -> str:
-    """Say where objects are and, for machines, with whose rights to read them."""
-    own = f"&msi_resource_id={quote(identity, safe='')}" if identity else ""
-    return f"az://{NAME}/{prefix}?account_name={place.storage}{own}"
-
-
 def task_url(place: Place, identifier: Identifier, identity: str = "") -> str:
-    """Say where a task's objects are."""
-    return url(place, f"{TASKS}/{identifier}", identity)
+    """Say where a task's objects are and, for machines, with whose rights to read them."""
+    own = f"&msi_resource_id={quote(identity, safe='')}" if identity else ""
+    return f"az://{NAME}/{TASKS}/{identifier}?account_name={place.storage}{own}"
 
 
-def lease_url(place: Place, identity: str = "") -> str:
+def lease_url(place: Place) -> str:
     """Say where the leases are, which tell what tasks there are."""
-    return url(place, LEASES, identity)
+    return f"az://{NAME}/{LEASES}?account_name={place.storage}"
+
+
+def program_url(place: Place) -> str:
+    """Say where programs are: in a container of their own, where machines may only read."""
+    return f"az://{PROGRAMS}?account_name={place.storage}"
 
 
 def exists(place: Place) -> bool:
@@ -77,6 +77,11 @@ class Bucket(base.Bucket):
         """Where its lease is."""
         return Store(lease_url(self.place), self.session.credentials)
 
+    @cached_property
+    def programs(self) -> Store:
+        """Where the programs of machines are."""
+        return Store(program_url(self.place), self.session.credentials)
+
     def create(self) -> bool:
         """Put the lease there, unless there is one; before that, see if all else can be had."""
         assert self.site
@@ -109,6 +114,21 @@ class Bucket(base.Bucket):
 
 
 @dataclass(frozen=True, eq=False)
+class Program(base.Program):
+    """What the machines run."""
+
+    bucket: Bucket
+
+    def create(self) -> bool:
+        """Put it there; its container, which is made last, may be all that a setup has left out."""
+        try:
+            return super().create()
+        except NotFound:
+            Shared(self.bucket.session, self.bucket.place).setup()
+            return super().create()
+
+
+@dataclass(frozen=True, eq=False)
 class Settings(base.Settings):
     """What the machines read; there is none without a storage account."""
 
@@ -120,9 +140,9 @@ class Settings(base.Settings):
             super().delete()
 
 
-def tags(task: Task, identity: str, **more: Any) -> dict[str, str]:
+def tags(task: Task, **more: Any) -> dict[str, str]:
     """Tag resources as the task's own; names that differ in nothing but case are one to Azure."""
-    own = {TAG: str(task.id), IDENTITY: identity, **more}
+    own = {TAG: str(task.id), **more}
     found: dict[str, tuple[str, Any]] = {}
     for name, value in {**task.tags, **own}.items():
         found[name.lower()] = (name, value)

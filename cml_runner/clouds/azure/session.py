@@ -20,6 +20,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cml_runner import installer
+from cml_runner.boot.first_azure import MANAGER, manager
 from cml_runner.checkup import Clock
 from cml_runner.clouds.azure import arm
 from cml_runner.errors import (
@@ -84,7 +86,7 @@ class Session:
     def who(self) -> str:
         """Who we are, as the token says: a person's name, or the number of an application."""
         with translated("log in"), self._lock:
-            token = self._login.get_token(f"{arm.RESOURCE}/.default").token
+            token = self._login.get_token(f"{MANAGER}/.default").token
         with suppress(ValueError, IndexError):
             claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
             return str(next(claims[name] for name in CLAIMS if claims.get(name)))
@@ -183,9 +185,9 @@ class Session:
         try:
             kind = getattr(importlib.import_module(module), name)
         except ImportError as error:
-            raise MissingDependency("azure") from error
+            raise MissingDependency(installer.lacking("azure")) from error
         own = () if service == "subscriptions" else (self._subscription,)
-        return kind(self._login, *own, base_url=arm.endpoint(), **self._pipeline)
+        return kind(self._login, *own, base_url=manager(), **self._pipeline)
 
     @cached_property
     def _pipeline(self) -> dict[str, Any]:
@@ -200,7 +202,7 @@ class Session:
                 policies.UserAgentPolicy(base_user_agent="cml-runner"),
                 policies.ContentDecodePolicy(),
                 policies.RetryPolicy(retry_total=6, retry_backoff_factor=0.5),
-                policies.BearerTokenCredentialPolicy(self._login, f"{arm.RESOURCE}/.default"),
+                policies.BearerTokenCredentialPolicy(self._login, f"{MANAGER}/.default"),
             ],
         }
 
@@ -212,7 +214,7 @@ class Session:
         try:
             return Login(_credential())
         except ImportError as error:
-            raise MissingDependency("azure") from error
+            raise MissingDependency(installer.lacking("azure")) from error
 
     @cached_property
     def _subscription(self) -> str:
@@ -249,7 +251,7 @@ def translated(action: str) -> Iterator[None]:
     try:
         from azure.core import exceptions
     except ImportError as error:
-        raise MissingDependency("azure") from error
+        raise MissingDependency(installer.lacking("azure")) from error
     try:
         yield
     except (exceptions.ServiceRequestError, exceptions.ServiceResponseError) as error:
@@ -272,7 +274,7 @@ def _action(group: str, method: str) -> str:
 
 def _options() -> dict[str, Any]:
     """Say how requests are to be sent; where Resource Manager is elsewhere it may have no TLS."""
-    plain = {"enforce_https": False} if arm.endpoint().startswith("http:") else {}
+    plain = {"enforce_https": False} if manager().startswith("http:") else {}
     return {"retry_on_methods": REPEATED, **plain}
 
 

@@ -10,8 +10,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap, keys
-from cml_runner.clouds.azure import arm
-from cml_runner.clouds.azure.machine import COMPUTE, EVENTS, SERVICE, TOKENS
 from cml_runner.clouds.azure.resources import tags, task_url
 
 if TYPE_CHECKING:
@@ -25,50 +23,15 @@ log = logging.getLogger(__name__)
 
 USER = "azureuser"  # who has the user's key; nobody's otherwise
 NETWORK = "2022-11-01"  # of the API that makes the machines' interfaces
-END = "/usr/local/sbin/cml-runner-end"
-
-# A machine that powers itself off is still paid for, so it has Resource Manager end it: one that
-# failed to start is kept, without its hardware, since its console says why; any other is deleted,
-# and replaced. Its first question about events is what turns them on, which takes two minutes.
-PRELUDE = """\
-cat >{end} <<'END'
-#!/usr/bin/env python3
-import json, sys
-from urllib import request
-
-def ask(url, method="GET", **headers):
-    direct = request.build_opener(request.ProxyHandler({{}}))
-    opened = direct if url.startswith("{service}") else request.build_opener()
-    found = request.Request(url, b"" if method == "POST" else None, headers, method=method)
-    with opened.open(found, timeout=30) as answer:
-        return json.loads(answer.read() or b"{{}}")
-
-def told(path):
-    return ask("{service}/metadata/" + path, Metadata="true")
-
-if sys.argv[1] == "begin":
-    told("scheduledevents?api-version={events}")
-else:
-    me = told("instance/compute?api-version={compute}")
-    wanted = "&resource={resource}&msi_res_id={identity}"
-    who = told("identity/oauth2/token?api-version={tokens}" + wanted)
-    method, part = ("POST", "/deallocate") if sys.argv[1] == "failed" else ("DELETE", "")
-    url = "{resource}" + me["resourceId"] + part + "?api-version={version}"
-    ask(url, method, Authorization="Bearer " + who["access_token"])
-END
-chmod 755 {end}
-{end} begin &
-"""
 
 
 def scale_set(place: Place, task: Task, site: Site) -> dict[str, Any]:
     """Describe it, without a machine."""
     identities = identity_ids(place, task.machine.permissions)
-    own = tags(task, identities[0])
     kind = sizes(site.rungs[0], spot=task.machine.spot, capacity=0)
     return {
         "location": place.region,
-        "tags": own,
+        "tags": tags(task),
         "sku": kind["sku"],
         **({"zones": list(site.zones)} if site.zones else {}),
         **({"plan": dict(site.image.plan)} if site.image.plan else {}),
@@ -104,22 +67,12 @@ def identity_ids(place: Place, permissions: str) -> list[str]:
 
 
 def script(place: Place, task: Task, identity: str) -> str:
-    """Write what a machine runs first: which settings to read, and how to end.
+    """Write what a machine runs first: where the task's objects are, and which task this is.
 
     Raises ConfigurationError.
     """
     url = f"{task_url(place, task.id, identity)}#azure/{place.region}/{task.id}"
-    prelude = PRELUDE.format(
-        end=END,
-        service=SERVICE,
-        events=EVENTS,
-        compute=COMPUTE,
-        tokens=TOKENS,
-        resource=arm.RESOURCE,
-        identity=identity,
-        version=arm.version("/providers/Microsoft.Compute/virtualMachines"),
-    )
-    return bootstrap.machine(url, task.program, task.expires, prelude=prelude, end=END)
+    return bootstrap.machine(url, task.program, task.expires, task.count)
 
 
 def addresses(

@@ -5,6 +5,7 @@ What a task consists of, all of it named after its identifier:
     lease              object leases/REGION/ID.json in the project's bucket: the claim on the name
     settings           object tasks/REGION/ID/settings.json, which only our machines may read;
                        beside it the machines' logs and status
+    program            object programs/SHA256.whl, which tasks share
     instance template  what machines are like; their end is in it, and their user data says where
                        the settings are
     instance group     over all zones in which one of the types can be had
@@ -20,13 +21,15 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cml_runner import bootstrap, clouds, keys, leases, wait, web
+from cml_runner import clouds, keys, leases, wait, web
+from cml_runner.boot import gcp as boot
 from cml_runner.clouds.gcp import account, catalogue, checks, machine, prices
 from cml_runner.clouds.gcp.group import Group
 from cml_runner.clouds.gcp.resources import (
     Bucket,
     Template,
     opened,
+    start_script,
 )
 from cml_runner.clouds.gcp.session import Session
 from cml_runner.clouds.gcp.site import Site
@@ -49,7 +52,6 @@ class Cloud:
     """One project, that of the credentials, in one region."""
 
     dedicated = keeps = metadata_service = True
-    extra = ""
 
     def __init__(self, region: str) -> None:
         self.region, self.zone = catalogue.region(region)
@@ -112,42 +114,25 @@ class Cloud:
     @staticmethod
     def machine() -> str:
         """Return the instance's number. Raises RunnerError where it can't be had."""
-        if found := machine.instance():
-            return found
-        msg = "the metadata service doesn't say which machine this is"
-        raise RunnerError(msg)
+        try:
+            return boot.instance()
+        except OSError as error:
+            msg = f"the metadata server doesn't say which machine this is: {error}"
+            raise RunnerError(msg) from error
 
     @staticmethod
     def notice() -> Notice | None:
-        """Ask the metadata service, which answers as soon as there is news."""
+        """Ask the metadata server, which answers as soon as there is news."""
         return machine.notice()
 
-    def leave(self, identifier: Identifier, *, last: bool) -> None:
+    def leave(self, identifier: Identifier, url: str, *, last: bool) -> None:
         """Delete this machine and have none in its place or, as the last, delete everything.
 
-        The last one must outlive its group to do so: the group has to forget it first. It goes on
-        trying: a machine that just powered itself off would be made anew.
+        It goes on trying: a machine that just powered itself off would be made anew.
         """
-        instance = wait.patiently(machine.instance)  # jobs may keep the service busy
-        if not instance:
-            log.warning("the metadata service doesn't say which machine this is")
-        if not instance or not machine.belongs(str(identifier)):
-            return
-        departure = wait.insist(lambda: machine.Departure(str(identifier), self.region))
-        if not last:
-            wait.insist(departure.dismiss)
-            return
-        own = opened(departure.project, leases.TASKS, self.region, str(identifier))
-        claims = opened(departure.project, leases.LEASES, self.region)
-        steps: tuple[Callable[[], Any], ...] = (
-            lambda: leases.clear(own),
-            departure.abandon,
-            departure.delete_group,
-            lambda: leases.finish(claims, identifier),
-            departure.delete_machine,
-        )
-        for step in steps:
-            wait.insist(step)
+        place = url.partition("#")[0]
+        own = boot.Machine(f"{place}#gcp/{self.region}/{identifier}")
+        wait.insist(own.finish if last else own.dismiss)
 
     @property
     def _leases(self) -> Store:
@@ -156,10 +141,11 @@ class Cloud:
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         bucket = Bucket(task, self._session, site)
-        settings, template = leases.Settings(bucket), Template(bucket, site)
-        group = Group(bucket, site, template, (settings, template))
+        template = Template(bucket, site)
+        parts = (leases.Settings(bucket), leases.Program(bucket), template)
+        group = Group(bucket, site, template, parts)
         return clouds.Plan(
-            resources=(bucket, settings, template, group),
+            resources=(bucket, *parts, group),
             group=group,
             bucket=bucket,
             arch=site.arch if site else "x64",
@@ -207,6 +193,7 @@ def _mistakes(task: Task) -> list[str]:
 
 
 def _write_script(task: Task) -> None:
-    """Write a start script for a project whose name we don't know yet."""
-    url = f"gs://cml-runner-{'0' * 30}/{leases.TASKS}/{'0' * 24}/{task.id}"
-    bootstrap.machine(f"{url}#gcp/{'0' * 24}/{task.id}", task.program, task.expires)
+    """Write a start script for a project and a region whose names we don't know yet."""
+    region = "0" * 24
+    place = f"gs://cml-runner-{'0' * 30}/{leases.TASKS}/{region}/{task.id}"
+    start_script(task, place, region)

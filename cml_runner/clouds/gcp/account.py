@@ -6,7 +6,8 @@ The pieces are made once and never deleted by us; making them again changes noth
     role cml_runner_machine          that it has in the project
     firewall rule cml-runner         lets nothing in, whatever other rules allow
     firewall rule cml-runner-iap     lets Google's proxy in to a machine, while it has that tag
-    bucket cml-runner-PROJECT        private, forgets everything after 30 days
+    bucket cml-runner-PROJECT        private, forgets tasks after 30 days and programs after 60;
+                                     machines read all of it and write what belongs to tasks
 
 The bucket is made last, so that its existence stands for all of them.
 """
@@ -18,8 +19,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import wait
+from cml_runner.boot.objects import PROGRAMS
 from cml_runner.errors import AlreadyExists, CredentialsError, NotFound, NotReady, RunnerError
-from cml_runner.leases import TASKS
+from cml_runner.leases import LEASES, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +34,10 @@ ACCOUNT = NETWORK_TAG = FIREWALL = "cml-runner"
 IAP = "cml-runner-iap"  # firewall rule, and the tag of machines for which it holds
 PROXY = "35.235.240.0/20"  # https://cloud.google.com/iap/docs/using-tcp-forwarding
 ROLE, LAUNCHER = "cml_runner_machine", "cml_runner_launcher"
-LABEL = "cml-runner-id"  # on all that belongs to one task; the value is its identifier
 OURS = "cml-"  # all names of runners' groups, templates and machines begin so
 KEPT = 30  # days
+PROGRAMS_KEPT = 60  # days; a launch puts its program again at half of that
+READER, WRITER = "roles/storage.objectViewer", "roles/storage.objectUser"
 NETWORK = "default"
 PRIORITY = 900  # of a rule; the default network's own have 65534, most others 1000
 IAM = "https://iam.googleapis.com/v1"
@@ -154,6 +157,19 @@ def condition() -> dict[str, str]:
     return {"title": "cml-runner", "expression": " && ".join(parts)}
 
 
+def writing(bucket: str) -> dict[str, str]:
+    """Say what of the bucket machines may write: what belongs to tasks, but none of the programs.
+
+    A list is asked of the bucket itself, so it is the reader's role that allows it.
+    https://cloud.google.com/iam/docs/conditions-resource-attributes#resource-name
+    """
+    parts = [
+        f'resource.name.startsWith("projects/_/buckets/{bucket}/objects/{part}/")'
+        for part in (TASKS, LEASES)
+    ]
+    return {"title": "cml-runner", "expression": " || ".join(parts)}
+
+
 class Shared:
     """The shared pieces of one project."""
 
@@ -259,7 +275,7 @@ class Shared:
 
         def tried() -> bool:
             policy = self._policy(url)
-            there = binding in policy.get("bindings", [])
+            there = any(_covers(one, binding) for one in policy.get("bindings", []))
             if there or self._put(url, policy, binding):
                 found.append(not there)
             return bool(found)
@@ -338,10 +354,13 @@ class Shared:
             },
             "lifecycle": {
                 "rule": [
-                    {
-                        "action": {"type": "Delete"},
-                        "condition": {"age": KEPT, "matchesPrefix": [f"{TASKS}/"]},
-                    },
+                    *(
+                        {
+                            "action": {"type": "Delete"},
+                            "condition": {"age": days, "matchesPrefix": [f"{part}/"]},
+                        }
+                        for part, days in ((TASKS, KEPT), (PROGRAMS, PROGRAMS_KEPT))
+                    ),
                     {
                         "action": {"type": "AbortIncompleteMultipartUpload"},
                         "condition": {"age": 1},
@@ -360,14 +379,21 @@ class Shared:
         return new
 
     def _open(self) -> None:
-        """Let machines read and write objects."""
+        """Let machines read objects, and write some; take from them what is more than that."""
         url = f"{STORAGE}/b/{self.bucket}/iam"
         member = f"serviceAccount:{address(self._session.project)}"
-        binding = {"role": "roles/storage.objectUser", "members": [member]}
-        policy = self._session.rest("GET", url)
-        if binding not in policy.get("bindings", []):
-            bindings = [*policy.get("bindings", []), binding]
-            self._session.rest("PUT", url, {**policy, "bindings": bindings})
+        wanted: list[dict[str, Any]] = [
+            {"role": READER, "members": [member]},
+            {"role": WRITER, "members": [member], "condition": writing(self.bucket)},
+        ]
+        policy = self._session.rest("GET", url, optionsRequestedPolicyVersion="3")
+        old = policy.get("bindings", [])
+        everything = {"role": WRITER, "members": [member]}
+        new = [_without(one, member) if _covers(one, everything) else one for one in old]
+        new = [one for one in new if one.get("members")]
+        new += [one for one in wanted if not any(_covers(there, one) for there in new)]
+        if new != old:
+            self._session.rest("PUT", url, {**policy, "bindings": new, "version": 3})
 
     def _make(self, url: str, body: Any) -> bool:
         try:
@@ -375,3 +401,14 @@ class Shared:
         except AlreadyExists:
             return False
         return True
+
+
+def _covers(one: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Say if a binding of a policy grants what is wanted; IAM joins those of several members."""
+    conditions = [found.get("condition", {}).get("expression") for found in (one, wanted)]
+    alike = one["role"] == wanted["role"] and conditions[0] == conditions[1]
+    return alike and {*wanted["members"]} <= {*one.get("members", ())}
+
+
+def _without(binding: dict[str, Any], member: str) -> dict[str, Any]:
+    return {**binding, "members": [one for one in binding["members"] if one != member]}

@@ -10,8 +10,8 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from cml_runner import wait
+from cml_runner.boot.gcp import LABEL
 from cml_runner.clouds.gcp import happenings, shell
-from cml_runner.clouds.gcp.account import LABEL
 from cml_runner.clouds.gcp.machine import DEADLINE, INTERRUPT
 from cml_runner.clouds.gcp.session import last
 from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound, RunnerError

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap, keys
 from cml_runner import leases as base
-from cml_runner.clouds.gcp.account import (
-    LABEL,
-    NETWORK,
-    NETWORK_TAG,
-    address,
-    bucket,
-    ssh,
-)
+from cml_runner.boot.gcp import LABEL
+from cml_runner.boot.objects import PROGRAMS
+from cml_runner.clouds.gcp.account import NETWORK, NETWORK_TAG, address, bucket, ssh
 from cml_runner.clouds.gcp.machine import NOTICE
 from cml_runner.errors import AlreadyExists, NotFound, RunnerError
 from cml_runner.leases import LEASES, TASKS
@@ -67,6 +62,11 @@ class Bucket(base.Bucket):
     def leases(self) -> Store:
         """Where its lease is."""
         return self._open(LEASES, self.session.region)
+
+    @cached_property
+    def programs(self) -> Store:
+        """Where the programs of machines are, in whatever region they run."""
+        return self._open(PROGRAMS)
 
     def create(self) -> bool:
         """Put the lease there, unless there is one; before that, see if all else can be had."""
@@ -158,7 +158,7 @@ class Template:
             account = address(project).replace("cml-runner@", f"{account}@", 1)
         first = self.site.types[0]
         metadata = {
-            "user-data": start_script(task, self.bucket),
+            "user-data": start_script(task, self.bucket.store.url, self.bucket.session.region),
             LABEL: self.name,
             "block-project-ssh-keys": "TRUE",
             **({NOTICE: str(notice)} if notice else {}),
@@ -209,10 +209,10 @@ class Template:
         }
 
 
-def start_script(task: Task, bucket: Bucket) -> str:
-    """Write the user data: which settings to read and, if they are gone, which task to end."""
-    url = f"{bucket.store.url}#gcp/{bucket.session.region}/{task.id}"
-    return bootstrap.machine(url, task.program, task.expires)
+def start_script(task: Task, url: str, region: str) -> str:
+    """Write the user data: where the task's objects are, and which task this is."""
+    full = f"{url}#gcp/{region}/{task.id}"
+    return bootstrap.machine(full, task.program, task.expires, task.count)
 
 
 def labels(task: Task) -> dict[str, str]:

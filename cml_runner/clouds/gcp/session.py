@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import web
+from cml_runner import installer, web
 from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
@@ -184,7 +184,7 @@ class Session:
             with _quiet():
                 from google.cloud import compute_v1
         except ImportError as error:
-            raise MissingDependency("gcp") from error
+            raise MissingDependency(installer.lacking("gcp")) from error
         return compute_v1
 
     @cached_property
@@ -221,7 +221,7 @@ def translated(what: str) -> Iterator[None]:
             from google.api_core import exceptions
             from google.auth import exceptions as logins
     except ImportError as error:
-        raise MissingDependency("gcp") from error
+        raise MissingDependency(installer.lacking("gcp")) from error
     try:
         yield
     except exceptions.RetryError as error:

@@ -68,7 +68,7 @@ def _check(session: Session) -> None:
     for name, where in NEEDED.items():
         if not shutil.which(name):
             msg = f"a shell on Google Cloud needs {name}; to install it, see {where}"
-            raise MissingDependency("gcp", msg)
+            raise MissingDependency(msg)
     if not Shared(session).has_firewall(IAP):
         msg = f"the project has no firewall rule {IAP}: cml-runner setup gcp makes it"
         raise NotFound(msg)

@@ -6,7 +6,8 @@ What a task consists of, all of it named after its identifier:
                replaces those that are evicted or killed, never those whose program fails, ends
                at the deadline, and goes an hour after its end; one that keeps data stays
     settings   a Secret, and
-    script     a ConfigMap, which the pods mount; both belong to the Job and go with it
+    script     a ConfigMap, which the pods mount; our program is in it as well. Both belong to
+               the Job and go with it
     claim      a volume claim, for the data of a task that keeps them; likewise
     kept       a Secret with what only launchers read of such a task; likewise
     pods       with the image's own user, and no access to the cluster unless it is asked for
@@ -57,7 +58,6 @@ class Cloud:
 
     dedicated = True
     keeps = True
-    extra = ""
     metadata_service = False
     kept: int = KEPT  # a test may be in a hurry
     grace: int = pod.GRACE  # likewise
@@ -76,7 +76,7 @@ class Cloud:
         bucket = f"{BUCKET}?data={pod.DATA}" if pod.claims(task) else BUCKET
         if task != Task(id=task.id):  # the identifier alone will do for all but creation
             wanted = pod.understood(task, self._nodes)
-            self.start(task.program, bucket)  # or it is refused
+            secret.check(task, self.start(task.program, bucket))
             manifest = pod.job(task, wanted, self.region, kept=self.kept, grace=self.grace)
         job = Job(session, task, manifest)
         settings = secret.settings(job)
@@ -174,7 +174,7 @@ class Cloud:
         """See if the pod has been told to end."""
         return machine.notice()
 
-    def leave(self, identifier: Identifier, *, last: bool) -> None:
+    def leave(self, identifier: Identifier, url: str, *, last: bool) -> None:
         """Do nothing: a pod leaves by ending well, and a Job is over with its last pod."""
 
 
@@ -185,4 +185,5 @@ def _is_there(job: Mapping[str, Any]) -> bool:
 
 
 def _start(program: Program, bucket: str) -> str:
-    return bootstrap.container(f"{pod.SETTINGS}/{SETTINGS}", bucket, program)
+    settings, wheel = f"{pod.SETTINGS}/{SETTINGS}", f"{pod.SCRIPT}/{pod.wheel(program)}"
+    return bootstrap.container(settings, bucket, program, wheel)

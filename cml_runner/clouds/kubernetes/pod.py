@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import bootstrap
+from cml_runner.boot import prepare
 from cml_runner.clouds.kubernetes import catalogue, machine
 from cml_runner.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cml_runner.model import Machine, Task
+    from cml_runner.model import Machine, Program, Task
 
 PREFIX = "cml-runner/"  # of our labels and annotations
 TASK, REGION = f"{PREFIX}task", f"{PREFIX}region"
@@ -36,6 +36,7 @@ SETTINGS, SCRIPT, KEY = "/etc/cml-runner/settings", "/etc/cml-runner/start", "st
 DATA = "/var/lib/cml-runner-data"  # where a task's claim is mounted
 DISK = 20  # GB of a claim, unless another size is asked for
 DOCKER, DOCKER_IMAGE = "tcp://127.0.0.1:2375", "docker:dind"
+AUTHORITIES, TRUSTED = "authorities.pem", "/etc/cml-runner/trusted"  # for Docker's engine
 OPTIONS = tuple(
     f"kubernetes-{name}"
     for name in (
@@ -99,7 +100,7 @@ def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> di
     labels = {**catalogue.fitting(task.tags), **OURS, TASK: str(task.id), REGION: region}
     ignored: list[dict[str, Any]] = [
         {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"onExitCodes": _codes("In", bootstrap.INTERRUPTED)},
+        {"onExitCodes": _codes("In", prepare.INTERRUPTED)},
     ]
     return {
         "apiVersion": "batch/v1",
@@ -140,12 +141,24 @@ def job(task: Task, wanted: Wanted, region: str, *, kept: int, grace: int) -> di
     }
 
 
+def wheel(program: Program) -> str:
+    """Name the file with the program, beside the script."""
+    return f"{program.sha256}.whl"
+
+
 def claims(task: Task) -> bool:
     """Say if a task's data are in a claim of its own: they aren't in a bucket."""
-    found: dict[str, Any] = {}
-    with suppress(ValueError):
-        found = json.loads(task.settings)
-    return task.keeps and not (found.get("script") or {}).get("data")
+    return task.keeps and not (_settings(task).get("script") or {}).get("data")
+
+
+def ways(task: Task) -> dict[str, str]:
+    """List what Docker's engine needs of the settings: HTTPS_PROXY …, and its authorities.
+
+    A proxy's address may hold a login.
+    """
+    found = _settings(task) if task.machine.docker else {}
+    authorities = {AUTHORITIES: found["authorities"]} if found.get("authorities") else {}
+    return {**(found.get("proxies") or {}), **authorities}
 
 
 def claim(task: Task) -> dict[str, Any]:
@@ -213,6 +226,15 @@ def owner(job: Mapping[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "batch/v1", "kind": "Job", "name": job["name"], "uid": job["uid"]}
 
 
+def _settings(task: Task) -> dict[str, Any]:
+    """Read the settings, if there are any yet."""
+    with suppress(ValueError):
+        found = json.loads(task.settings)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
 def _volume(name: str) -> dict[str, Any]:
     return {"name": "data", "persistentVolumeClaim": {"claimName": name}}
 
@@ -226,7 +248,7 @@ def _pod(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
         {"serviceAccountName": machine_.permissions} if machine_.permissions else {}
     )
     secrets = [{"name": name} for name in _several(machine_, "image-pull-secret")]
-    docker = {"initContainers": [_docker()]} if machine_.docker else {}
+    docker = {"initContainers": [_docker(task)]} if machine_.docker else {}
     return {
         **account,
         **affinity,
@@ -248,6 +270,7 @@ def _pod(task: Task, wanted: Wanted, grace: int) -> dict[str, Any]:
             {"name": "work", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
             *([_volume(str(task.id))] if claims(task) else ()),
+            *([_trusted(task)] if AUTHORITIES in ways(task) else ()),
         ],
     }
 
@@ -288,11 +311,27 @@ def _told(name: str, field: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}}
 
 
-_SHARED = {"name": "work", "mountPath": bootstrap.WORK}
+def _secret(task: Task, name: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": str(task.id), "key": name}}}
 
 
-def _docker() -> dict[str, Any]:
-    """Write the container of a Docker engine for this pod alone, there before ours and after it."""
+_SHARED = {"name": "work", "mountPath": str(prepare.WORK)}
+
+
+def _trusted(task: Task) -> dict[str, Any]:
+    items = [{"key": AUTHORITIES, "path": AUTHORITIES}]
+    return {"name": "trusted", "secret": {"secretName": str(task.id), "items": items}}
+
+
+def _docker(task: Task) -> dict[str, Any]:
+    """Write the container of a Docker engine for this pod alone, there before ours and after it.
+
+    It pulls images through the proxies of the settings, and trusts their authorities: in Go a
+    directory adds to the system's file, https://pkg.go.dev/crypto/x509#SystemCertPool
+    """
+    found = ways(task)
+    trusted = AUTHORITIES in found
+    mount = {"name": "trusted", "mountPath": TRUSTED, "readOnly": True}
     return {
         "name": "docker",
         "image": DOCKER_IMAGE,
@@ -303,8 +342,15 @@ def _docker() -> dict[str, Any]:
             f"--host={DOCKER}",
             "--tls=false",
         ],
+        "env": [
+            *(_secret(task, name) for name in found if name != AUTHORITIES),
+            *([{"name": "SSL_CERT_DIR", "value": TRUSTED}] if trusted else ()),
+        ],
         "securityContext": {"privileged": True},
-        "volumeMounts": [_SHARED],  # it is asked to mount parts of it
+        "volumeMounts": [
+            _SHARED,  # it is asked to mount parts of it
+            *([mount] if trusted else ()),
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""The settings of a task, which are a Secret, and the script, which is a ConfigMap.
+"""The settings of a task, which are a Secret; script and program, which are a ConfigMap.
 
 Both belong to the Job: whatever deletes it, the cluster deletes them after it.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cml_runner.clouds.kubernetes import pod
-from cml_runner.errors import AlreadyExists, NotFound
+from cml_runner.errors import AlreadyExists, ConfigurationError, NotFound
 from cml_runner.store import SETTINGS
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from cml_runner.clouds.kubernetes.job import Job
     from cml_runner.clouds.kubernetes.session import Session
+    from cml_runner.model import Task
+
+LARGEST = 1 << 20  # bytes in a Secret or in a ConfigMap
 
 
 def read(session: Session, name: str, key: str = SETTINGS) -> bytes | None:
@@ -126,14 +129,39 @@ def settings(job: Job) -> Part:
     """Describe what the pods read; the only thing that is secret."""
 
     def content() -> dict[str, Any]:
-        return {"stringData": {SETTINGS: job.task.settings}, "type": "Opaque"}
+        found = {SETTINGS: job.task.settings, **pod.ways(job.task)}
+        return {"stringData": found, "type": "Opaque"}
 
     return Part(job, "secrets", "settings", content)
 
 
 def script(job: Job, text: Callable[[], str]) -> Part:
-    """Describe what the pods run first."""
-    return Part(job, "configmaps", "script", lambda: {"data": {pod.KEY: text()}})
+    """Describe what the pods run first, and the program that it starts."""
+
+    def content() -> dict[str, Any]:
+        program = job.task.program
+        binary = {pod.wheel(program): _coded(program.wheel)} if program.wheel else {}
+        return {"data": {pod.KEY: text()}, "binaryData": binary}
+
+    return Part(job, "configmaps", "script", content)
+
+
+def check(task: Task, script: str) -> None:
+    """Raise ConfigurationError if something is too large for a cluster.
+
+    https://kubernetes.io/docs/concepts/configuration/configmap/, …/secret/
+    """
+    settings = (task.settings, *pod.ways(task).values())
+    sizes = {
+        "the program and its start script": len(task.program.wheel) + len(script.encode()),
+        "the settings": sum(len(one.encode()) for one in settings),
+    }
+    if mistakes := [
+        f"{what} have {size:,} bytes: a cluster takes {LARGEST:,} at most"
+        for what, size in sizes.items()
+        if size > LARGEST
+    ]:
+        raise ConfigurationError(*mistakes)
 
 
 def claim(job: Job) -> Part:

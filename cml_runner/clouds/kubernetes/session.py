@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from cml_runner import times, wait
+from cml_runner import installer, times, wait
 from cml_runner.checkup import Clock
 from cml_runner.errors import (
     AlreadyExists,
@@ -264,7 +264,7 @@ class Session:
         try:
             from kubernetes import config
         except ImportError as error:
-            raise MissingDependency("kubernetes") from error
+            raise MissingDependency(installer.lacking("kubernetes")) from error
         from kubernetes.config.config_exception import ConfigException
 
         text = next(filter(None, map(os.environ.get, CONTENTS)), "")

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cml_runner import bootstrap, store
+from cml_runner import store
+from cml_runner.boot import failing, prepare
 from cml_runner.clouds.kubernetes import container as buckets
 from cml_runner.clouds.kubernetes import machine, pod, secret
 from cml_runner.clouds.kubernetes.volume import Volume
-from cml_runner.errors import CredentialsError, NotFound, RunnerError
+from cml_runner.errors import CredentialsError, NotFound, NotReady, RunnerError
 from cml_runner.model import Status
 
 if TYPE_CHECKING:
@@ -278,8 +279,11 @@ def ended(one: dict[str, Any], said: Status | None) -> Status | None:
     if code == 0:
         return replace(last, state="ended")
     reason = " ".join(filter(None, (end.get("reason"), one["status"].get("message"))))
-    if code in (bootstrap.INTERRUPTED, *pod.KILLED):
+    if code in (prepare.INTERRUPTED, *pod.KILLED):
         return replace(last, state="interrupted", reason=reason)
+    _, unprepared, why = str(end.get("message")).rpartition(f"{failing.FAILED}: ")
+    if unprepared and not said:  # the message of a container is its last words
+        return replace(last, state="failed", code=NotReady.exit_code, reason=why.strip())
     return replace(last, state="failed", code=1, reason=f"exit code {code} {reason}".rstrip())
 
 

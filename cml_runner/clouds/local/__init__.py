@@ -52,7 +52,6 @@ class Cloud:
 
     dedicated = metadata_service = False
     keeps = True
-    extra = ""
     command: Sequence[str] = records.COMMAND  # what runs on a machine; a test may take another
     grace: float = records.GRACE  # likewise
 
@@ -152,7 +151,7 @@ class Cloud:
         """Read it from the name of this machine's directory."""
         return Path(os.environ.get(VARIABLE) or "/").name
 
-    def leave(self, identifier: Identifier, *, last: bool) -> None:
+    def leave(self, identifier: Identifier, url: str, *, last: bool) -> None:
         """Mark this machine as not needed any more; the caller has some seconds left to exit.
 
         Does nothing on what isn't a machine of this task. The keeper sees who is the last one.

@@ -14,9 +14,11 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 import psutil
 
+from cml_runner import trust
 from cml_runner.errors import AgentFailed
 from cml_runner.model import (
     Command,
@@ -134,6 +136,7 @@ class Agent:
             f'"-Dbitbucket.pipelines.runner.{name}={value}"'
             for name, value in _properties(directory, registration)
         ]
+        options += [f'"-D{name}={value}"' for name, value in _proxies()]
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         with open(os.open(self._options, flags, 0o600), "w") as file:
             file.write("\n".join([*options, "-Dfile.encoding=UTF-8", ""]))
@@ -224,8 +227,29 @@ def _properties(directory: Path, registration: Registration) -> list[tuple[str, 
     ]
 
 
+def _proxies() -> list[tuple[str, str]]:
+    """Name the proxies in Java's way, which has no room for a login.
+
+    https://docs.oracle.com/javase/8/docs/technotes/guides/net/proxies.html
+    """
+    found: list[tuple[str, str]] = []
+    own = trust.own_proxies(os.environ)
+    for name in ("https", "http"):
+        with suppress(ValueError):
+            proxy = urlsplit(own.get(f"{name.upper()}_PROXY", ""))
+            if proxy.hostname:
+                port = str(proxy.port or 80)
+                found += [(f"{name}.proxyHost", proxy.hostname), (f"{name}.proxyPort", port)]
+    direct = re.findall(r"[^,\s]+", own.get("NO_PROXY", ""))
+    hosts = [f"*{one}" if one.startswith(".") else one for one in direct]
+    return [*found, ("http.nonProxyHosts", "|".join(hosts))] if found and hosts else found
+
+
 def _in_a_container(directory: Path, registration: Registration) -> Command:
-    """Run the container; its variables are handed on by name, so that no value can be seen."""
+    """Run the container; its variables are handed on by name, so that no value can be seen.
+
+    https://support.atlassian.com/bitbucket-cloud/docs/configure-a-runner-to-use-a-proxy/
+    """
     details = registration.details
     environment = {
         "ACCOUNT_UUID": details["workspace"],
@@ -237,6 +261,7 @@ def _in_a_container(directory: Path, registration: Registration) -> Command:
     }
     if repository := details.get("repository"):
         environment["REPOSITORY_UUID"] = repository
+    environment.update(trust.for_containers(os.environ))
     variables = [part for name in environment for part in ("--env", name)]
     mounts = ("/tmp:/tmp", f"{SOCKET}:{SOCKET}", f"{LOGS}:{LOGS}:ro")  # noqa: S108
     volumes = [part for mount in mounts for part in ("--volume", mount)]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psutil
 
+from cml_runner import trust
 from cml_runner.errors import AgentFailed, RunnerError
 from cml_runner.model import (
     Command,
@@ -44,7 +45,7 @@ SPARE = 60  # seconds after our own idle timeout that the program leaves by itse
 TIMEOUT = 20  # seconds
 
 SERVER, TOKEN = "CI_SERVER_URL", "CI_SERVER_TOKEN"
-BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # the first one counts
+FILE, BUNDLES = "SSL_CERT_FILE", ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # the first one counts
 
 # Whoever sets these on the machine knows better: https://docs.gitlab.com/runner/executors/
 EXECUTOR, DOCKER_IMAGE = "RUNNER_EXECUTOR", "DOCKER_IMAGE"
@@ -171,7 +172,7 @@ class Agent:
             TOKEN: registration.secret,
             EXECUTOR: executor,
         }
-        if bundle := next((os.environ[one] for one in BUNDLES if os.environ.get(one)), ""):
+        if bundle := _authorities():
             environment["CI_SERVER_TLS_CA_FILE"] = bundle
         return Command(arguments=tuple(arguments), environment=environment, directory=directory)
 
@@ -247,6 +248,16 @@ class Agent:
             raise RunnerError(msg)
 
 
+def _authorities() -> str:
+    """Name a file with more authorities; it reads SSL_CERT_FILE itself.
+
+    Better that one: it gives jobs all of a named file, else only what vouches for its GitLab.
+    """
+    if os.environ.get(FILE):
+        return ""
+    return next(filter(None, map(os.environ.get, BUNDLES)), "")
+
+
 def _trouble(said: str, found: Mapping[str, Any]) -> Troubled | None:
     level = found.get("level")
     grave = level in {"warning", "error"} and said.startswith(COMPLAINTS)
@@ -264,11 +275,18 @@ def _executor() -> str:
 
 
 def _in_containers(volumes: Sequence[str]) -> list[str]:
+    """Say what holds for jobs' containers, which inherit no variables.
+
+    Everybody who lists processes sees this, so a proxy's login isn't among it.
+    https://docs.gitlab.com/runner/configuration/proxy/
+    """
     found = ["--docker-image", os.environ.get(DOCKER_IMAGE) or IMAGE]
     if GPU.exists():
         found += ["--docker-gpus", "all"]
     for volume in volumes:
         found += ["--docker-volumes", volume]
+    for name, value in trust.public(trust.for_containers(os.environ)).items():
+        found += ["--env", f"{name}={value}", "--env", f"{name.lower()}={value}"]
     return found
 
 

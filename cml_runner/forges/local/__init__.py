@@ -21,7 +21,6 @@ Who may write to the directory may do everything, so the credential is not looke
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import os
@@ -54,6 +53,9 @@ from cml_runner.model import (
     Runner,
     stands_for,
 )
+
+with suppress(ImportError):  # on Windows, where launchers may be, but no runner
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

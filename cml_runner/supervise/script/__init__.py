@@ -13,9 +13,10 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from cml_runner import logs, signals, steps, store
+from cml_runner.boot import places
 from cml_runner.errors import RunnerError
 from cml_runner.model import Recalled, Result, Signalled, Status, Tick
-from cml_runner.supervise import machine, places, user
+from cml_runner.supervise import machine, network, user
 from cml_runner.supervise.process import SECRET, Process
 from cml_runner.supervise.report import Report
 from cml_runner.supervise.script import shell
@@ -72,7 +73,7 @@ class Supervisor:
             self.history.take()
         self.report = Report(self.bucket, self.rank, self.name, self.history.epoch)
         with self.report, signals.handled(signals.ENDING, self._signalled):
-            logs.hide(*_secrets(self.script.environment))
+            logs.hide(*_secrets(self.script.environment), *network.secrets(self.settings))
             stop = self._guarded(again=before != "failed")
         if stop.then == "leave":
             self._leave()
@@ -234,7 +235,7 @@ class Supervisor:
         except RunnerError as error:  # others can't be asked; at worst the deadline ends the group
             log.warning("%s", error)
             last = count == 1
-        self.cloud.leave(self.settings.id, last=last)
+        self.cloud.leave(self.settings.id, self.bucket.url, last=last)
 
     def _before(self) -> str:
         """Say how the machine before us ended."""

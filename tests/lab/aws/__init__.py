@@ -267,5 +267,7 @@ def _new_keys() -> dict[str, str]:
 
 
 def _record(key: str) -> bool:
-    """Say if it is what may remain of a runner that is over."""
-    return key.rpartition("/")[2].startswith(("log-", "status-", "events", "price"))
+    """Say if it is what may remain of a runner that is over, or isn't only one's."""
+    return key.startswith("programs/") or key.rpartition("/")[2].startswith(
+        ("log-", "status-", "events", "price")
+    )

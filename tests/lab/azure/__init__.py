@@ -7,6 +7,7 @@ blobs, rights and faults. What is sent is compared with the vendor's models.
         os.environ.update(azure.environment())    # the SDK and obstore speak to it now
         azure.fleet.evict("…", after=5)           # a spot eviction
         azure.fail("Microsoft.Compute/virtualMachineScaleSets/write", "SkuNotAvailable")
+        azure.trouble("/metadata/identity", 429)  # of machines with their metadata service
         azure.left()                              # what costs money or is secret
 """
 
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tests.lab.azure.azurite import Azurite, Vendors
 from tests.lab.azure.blobs import Blobs
 from tests.lab.azure.front import Fault, Front, Principal, Role
-from tests.lab.azure.imds import Metadata
+from tests.lab.azure.imds import Metadata, Trouble
 from tests.lab.azure.logins import Logins
 from tests.lab.azure.machines import Nobody
 from tests.lab.azure.manager import SUBSCRIPTION, Manager
@@ -51,6 +52,8 @@ class Azure:
         self.manager = Manager(self, machines or Nobody())
         self.fleet = self.manager.fleet
         self.logins = Logins(self.app.principals)
+        self.troubles: list[Trouble] = []
+        self.spread: float = 0  # seconds until what an identity was given is known everywhere
         self._identities: dict[str, Principal] = {}
         self._servers: list[Any] = []
 
@@ -113,9 +116,15 @@ class Azure:
         self.app.faults.append(fault)
         return fault
 
+    def trouble(self, path: str, status: int = 0, times: float = 1) -> Trouble:
+        """Have machines' metadata services answer with an error; without a status, not at all."""
+        trouble = Trouble(path, status, times)
+        self.troubles.append(trouble)
+        return trouble
+
     def metadata(self, name: str) -> Metadata:
         """Serve a machine's metadata."""
-        return Metadata(self.fleet, name, self._login)
+        return Metadata(self.fleet, name, self._login, self.troubles)
 
     def left(self, region: str = REGION) -> list[str]:
         """List what costs money, or is secret."""
@@ -128,11 +137,16 @@ class Azure:
         return found + [f"object {key}" for key in self.objects(region) if not _record(key)]
 
     def objects(self, region: str = REGION) -> dict[str, bytes]:
-        """Read every object of our container."""
+        """Read every object of our container with leases and tasks."""
         from cml_runner.clouds.azure.account import NAME, Place
 
-        account = Place(SUBSCRIPTION, region).storage
-        return self.blobs.content(account, NAME)
+        return self.blobs.content(Place(SUBSCRIPTION, region).storage, NAME)
+
+    def programs(self, region: str = REGION) -> dict[str, bytes]:
+        """Read every program."""
+        from cml_runner.clouds.azure.account import PROGRAMS, Place
+
+        return self.blobs.content(Place(SUBSCRIPTION, region).storage, PROGRAMS)
 
     def serve(self, app: Callable[..., Any]) -> str:
         """Serve one more application on this computer, until the end; return its address."""
@@ -167,9 +181,11 @@ class Azure:
         found = []
         for path, one in list(self.manager.resources.items()):
             properties = one.get("properties", {})
-            if "/roleassignments/" in path and properties["principalId"] == principal:
+            if "/roleassignments/" not in path or self.manager.age(path) < self.spread:
+                continue
+            if properties["principalId"] == principal:
                 definition = self.manager.resources[properties["roleDefinitionId"].lower()]
-                scope = path.partition("/providers/")[0]
+                scope = path.rpartition("/providers/")[0]
                 (permission,) = definition["properties"]["permissions"]
                 actions = tuple(permission["actions"])
                 data = tuple(permission["dataActions"])

@@ -47,6 +47,7 @@ class Blobs:
         self._containers: dict[tuple[str, str], dict[str, Blob]] = {}
         self._numbers = count(1)
         self._lock = threading.Lock()
+        self.page = 5000  # entries of a list
 
     @staticmethod
     def understood(call: Call) -> Call:
@@ -109,20 +110,23 @@ class Blobs:
 
     def _list(self, container: dict[str, Blob], query: dict[str, str]) -> Answer:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        blobs, folders = [], set()
+        entries: dict[str, str] = {}
         for key, one in sorted(container.items()):
             inner, found, _ = key.removeprefix(prefix).partition(delimiter or "\0")
             if not key.startswith(prefix):
                 continue
             if found and delimiter:
-                folders.add(f"{prefix}{inner}{delimiter}")
+                folder = f"{prefix}{inner}{delimiter}"
+                entries[folder] = f"<BlobPrefix><Name>{escape(folder)}</Name></BlobPrefix>"
             else:
-                blobs.append(_entry(key, one))
-        inside = [f"<BlobPrefix><Name>{escape(one)}</Name></BlobPrefix>" for one in sorted(folders)]
+                entries[key] = _entry(key, one)
+        names = sorted(name for name in entries if name >= query.get("marker", ""))
+        marker = escape("".join(names[self.page : self.page + 1]))
         text = (
-            '<?xml version="1.0" encoding="utf-8"?><EnumerationResults>'
-            f"<Prefix>{escape(prefix)}</Prefix><Blobs>{''.join([*blobs, *inside])}</Blobs>"
-            "<NextMarker/></EnumerationResults>"
+            '\ufeff<?xml version="1.0" encoding="utf-8"?><EnumerationResults>'
+            f"<Prefix>{escape(prefix)}</Prefix>"
+            f"<Blobs>{''.join(entries[name] for name in names[: self.page])}</Blobs>"
+            f"<NextMarker>{marker}</NextMarker></EnumerationResults>"
         )
         return 200, [("Content-Type", "application/xml")], text.encode()
 

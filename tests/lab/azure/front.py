@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tests.lab.azure import Azure
 
 VERSION = re.compile(r"20\d\d-\d\d-\d\d(-preview)?")
-LOST = "lost"  # the code of a fault: the call is carried out, but its answer never comes
+# The codes of two faults: the call is carried out, but its answer never comes; nor does the call.
+LOST, CUT = "lost", "cut"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,7 @@ class Front:
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         began = time.monotonic()
-        raw = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        host = environ.get("HTTP_HOST", "").partition(":")[0]
-        if host.endswith(".blob.core.windows.net"):
-            account = host.partition(".")[0]
-            environ = {**environ, "RAW_URI": f"/{account}{environ['RAW_URI']}"}
-        call = wire.read(environ, raw)
+        call = _read(environ)
         if self.latency:
             time.sleep(self.latency)
         if call.path == retail.PATH:
@@ -117,6 +113,9 @@ class Front:
             call = self.azure.blobs.understood(call)
             serve = self.azure.blobs.serve
         self.watch(call)
+        if self._is_hit(call, CUT):
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            return _plain(start, 500, [], b"")
         who, problem = self.principals.get(call.token), ""
         try:
             self._check(call, who)
@@ -127,7 +126,7 @@ class Front:
         name = who.name if who else "nobody"
         ended = time.monotonic()
         self.calls.append(Entry(call.action, call.path, name, began, ended, call.body, problem))
-        if self._lost(call):
+        if self._is_hit(call, LOST):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return _plain(start, status, headers, content, head=call.method == "HEAD")
 
@@ -153,7 +152,7 @@ class Front:
 
     def _check(self, call: Call, who: Principal | None) -> None:
         for fault in self.faults:
-            if fault.code != LOST and fault.strikes(call, later=False):
+            if fault.code not in (LOST, CUT) and fault.strikes(call, later=False):
                 raise ApiError(fault.code, fault.message, fault.status)
         if call.path.startswith("/serial/"):  # has its permission in its URL
             return
@@ -198,8 +197,18 @@ class Front:
             )
         return [("Content-Type", "application/json")], json.dumps(error.body()).encode()
 
-    def _lost(self, call: Call) -> bool:
-        return any(one.code == LOST and one.strikes(call, later=False) for one in self.faults)
+    def _is_hit(self, call: Call, code: str) -> bool:
+        return any(one.code == code and one.strikes(call, later=False) for one in self.faults)
+
+
+def _read(environ: dict[str, Any]) -> Call:
+    """Understand a request; the account of blobs is in its path, or else in its host's name."""
+    raw = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    host = environ.get("HTTP_HOST", "").partition(":")[0]
+    if host.endswith(".blob.core.windows.net"):
+        account = host.partition(".")[0]
+        environ = {**environ, "RAW_URI": f"/{account}{environ['RAW_URI']}"}
+    return wire.read(environ, raw)
 
 
 def _scope(call: Call) -> str:

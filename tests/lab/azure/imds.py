@@ -6,6 +6,8 @@ https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
 from __future__ import annotations
 
 import json
+import socket
+from dataclasses import dataclass
 from email.utils import format_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from urllib.parse import parse_qs
 from tests.lab.azure.manager import SUBSCRIPTION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from tests.lab.azure.machines import Fleet, Life
 
@@ -23,11 +25,33 @@ EVENTS = "/metadata/scheduledevents"
 TOKEN = "/metadata/identity/oauth2/token"
 
 
+@dataclass
+class Trouble:
+    """What is wrong with metadata services, for some requests to paths that begin like this."""
+
+    path: str
+    status: int  # 0: the connection ends without an answer
+    times: float
+
+    def strikes(self, path: str) -> bool:
+        """Say if it is this request's turn."""
+        fits = path.startswith(self.path) and self.times > 0
+        self.times -= fits
+        return fits
+
+
 class Metadata:
     """A WSGI application for one machine."""
 
-    def __init__(self, fleet: Fleet, name: str, login: Callable[[str, str], str]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        name: str,
+        login: Callable[[str, str], str],
+        troubles: Sequence[Trouble] = (),
+    ) -> None:
         self._fleet, self._name, self._login = fleet, name, login
+        self._troubles = troubles
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         query = {key: one[0] for key, one in parse_qs(environ.get("QUERY_STRING", "")).items()}
@@ -39,13 +63,18 @@ class Metadata:
         if "api-version" not in query:
             return _answer(start, 400, {"error": "Bad request. api-version was not specified"})
         path = environ["PATH_INFO"].rstrip("/")
+        for trouble in self._troubles:
+            if trouble.strikes(path):
+                if not trouble.status:
+                    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                return _answer(start, trouble.status or 500, {"error": "the fake says so"})
         if path == TOKEN:
             return self._token(life, query, start)
         documents: dict[str, Callable[[Life], Any]] = {
-            COMPUTE: _compute,
+            COMPUTE: self._compute,
             EVENTS: _events,
             "/metadata/instance": lambda life: {
-                "compute": _compute(life),
+                "compute": self._compute(life),
                 "network": {"interface": []},
             },
         }
@@ -74,21 +103,22 @@ class Metadata:
             },
         )
 
-
-def _compute(life: Life) -> dict[str, Any]:
-    parts = life.path.split("/")
-    return {
-        "azEnvironment": "AzurePublicCloud",
-        "name": life.instance.id,
-        "resourceId": life.path,
-        "resourceGroupName": parts[4],
-        "subscriptionId": SUBSCRIPTION,
-        "tagsList": [{"name": key, "value": value} for key, value in life.tags.items()],
-        "vmId": life.instance.unique,
-        "vmScaleSetName": life.owner.rpartition("/")[2],
-        "vmSize": life.instance.type,
-        "zone": life.instance.zone,
-    }
+    def _compute(self, life: Life) -> dict[str, Any]:
+        """Describe a machine of a scale set in Flexible mode; what doesn't apply is empty."""
+        parts = life.path.split("/")
+        return {
+            "azEnvironment": "AzurePublicCloud",
+            "name": life.instance.id,
+            "resourceId": life.path,
+            "resourceGroupName": parts[4],
+            "subscriptionId": SUBSCRIPTION,
+            "tagsList": [{"name": key, "value": value} for key, value in life.tags.items()],
+            "virtualMachineScaleSet": {"id": life.owner},
+            "vmId": life.instance.unique,
+            "vmScaleSetName": life.owner.rpartition("/")[2] if self._fleet.named else "",
+            "vmSize": life.instance.type,
+            "zone": life.instance.zone,
+        }
 
 
 def _events(life: Life) -> dict[str, Any]:

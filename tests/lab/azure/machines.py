@@ -95,6 +95,7 @@ class Fleet:
     def __init__(self, manager: Manager, machines: Machines) -> None:
         self._manager, self._machines = manager, machines
         self.lives: dict[str, Life] = {}
+        self.named = True  # whether metadata name the scale set besides its identifier
         self.hinder: Callable[[str, str, bool], str] = lambda _zone, _size, _spot: ""
         self._numbers = count(10)
         self._paused: dict[str, float] = {}
@@ -151,11 +152,6 @@ class Fleet:
         with self._manager.lock:
             if not self.lives[name].ended:
                 self.lives[name].power = "stopped"
-
-    def deallocate(self, name: str) -> None:
-        """Take its hardware, and keep the rest."""
-        self.lives[name].power = "deallocated"
-        self._machines.end(name)
 
     def evict(self, name: str, after: float = 30) -> None:
         """Take a spot machine away, with notice; or without, and at once."""

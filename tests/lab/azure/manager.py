@@ -209,10 +209,9 @@ class Manager:
         if call.path.endswith("/simulateEviction"):
             self.fleet.evict(name, after=NOTICE)
             return 204, [], None
-        if call.path.endswith("/deallocate"):
-            self.fleet.deallocate(name)
-        else:
-            self.fleet.delete(name)
+        if call.method != "DELETE":
+            raise self._absent(call)
+        self.fleet.delete(name)
         return self._accepted(call, 202, None)
 
     def _tag(self, call: Call) -> Answer:
@@ -355,6 +354,9 @@ class Manager:
             raise ApiError(
                 "ResourceGroupNotFound", f"Resource group '{name}' could not be found.", 404
             )
+        inner = call.path.rpartition("/providers/")[0]
+        if "/providers/" in inner and inner.lower() not in self.resources:
+            raise ApiError("ResourceNotFound", f"The Resource '{inner}' was not found.", 404)
 
     def _born(self, call: Call, made: dict[str, Any]) -> None:
         if call.kind == IDENTITIES:

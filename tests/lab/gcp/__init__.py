@@ -111,7 +111,7 @@ class GCP:
 
     def metadata(self, number: str) -> Metadata:
         """Serve an instance's metadata."""
-        return Metadata(self.compute, number, self.token)
+        return Metadata(self.compute, number, self.token, self.app.faults)
 
     def federation(self, account: str, directory: Path) -> dict[str, Any]:
         """Make what a CI's login leaves: where its token is, and whose it becomes."""

@@ -96,6 +96,7 @@ class Group:
     body: dict[str, Any]
     members: dict[str, str] = field(default_factory=dict)  # names of machines, and their numbers
     leaving: set[str] = field(default_factory=set)  # names that aren't to be made anew
+    renewing: set[str] = field(default_factory=set)  # names that are to be made anew at once
     deleting: bool = False
     paused: float = 0
     errors: list[dict[str, Any]] = field(default_factory=list)
@@ -338,10 +339,17 @@ class Compute:
         self, where: dict[str, str], body: Any, query: dict[str, str], **_: Any
     ) -> Any:
         group = self._group(where)
-        for name in self._members(group, body):
+        for name in self._members(group, body, skip=body.get("skipInstancesOnValidationError")):
             group.leaving.add(name)
             group.size -= 1
         return self._operation("deleteInstances", self._place(group), query)
+
+    def regionInstanceGroupManagers_recreateInstances(
+        self, where: dict[str, str], body: Any, query: dict[str, str], **_: Any
+    ) -> Any:
+        group = self._group(where)
+        group.renewing |= {*self._members(group, body)}
+        return self._operation("recreateInstances", self._place(group), query)
 
     def regionInstanceGroupManagers_abandonInstances(
         self, where: dict[str, str], body: Any, query: dict[str, str], **_: Any
@@ -438,6 +446,8 @@ class Compute:
                     if one.end and one.end <= _now():
                         self.remove(one.id)
                 for group in list(self.groups.values()):
+                    for name in group.renewing & group.members.keys():
+                        self._renew(group, name)
                     self._keep(group)
 
     def _keep(self, group: Group) -> None:
@@ -457,6 +467,14 @@ class Compute:
             self._grow(group)
         if group.deleting and not group.members:
             self.groups.pop((group.region, group.name), None)
+
+    def _renew(self, group: Group, name: str) -> None:
+        """End a machine, so that it will be made anew."""
+        group.renewing.remove(name)
+        if number := group.members[name]:
+            self._tell("delete", self.instances[number])
+            self.remove(number)
+            group.members[name] = ""
 
     def _drop(self, group: Group, name: str) -> None:
         if number := group.members.pop(name):
@@ -650,12 +668,16 @@ class Compute:
             raise _absent(f"projects/{PROJECT}/{place}")
         return found
 
-    def _members(self, group: Group, body: Any) -> list[str]:
+    def _members(self, group: Group, body: Any, *, skip: bool = False) -> list[str]:
+        """Read which machines are meant; the others are skipped, or the request is refused."""
         names = [one.rpartition("/")[2] for one in body["instances"]]
-        for name in names:
-            if name not in group.members:
+        for name in list(names):
+            if name in group.members and name not in group.leaving:
+                continue
+            if not skip:
                 text = f"Instance '{name}' is not a member of '{group.name}'."
                 raise ApiError(400, "invalid", text)
+            names.remove(name)
         return names
 
     def _place(self, group: Group) -> str:

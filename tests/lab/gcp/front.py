@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from tests.lab.gcp import billing, discovery
 from tests.lab.gcp.compute import PROJECT
 from tests.lab.gcp.discovery import ApiError, Call
-from tests.lab.gcp.iam import OBJECT_USER, RIGHTS
+from tests.lab.gcp.iam import RIGHTS, lent
 from tests.lab.gcp.login import CREDENTIALS, STS
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ OFF = (
 class Fault:
     """An error to answer with, some times, to some method."""
 
-    action: str  # as in the descriptions, or objects.create and the like; * for all
+    action: str  # as in the descriptions, or storage.objects.create, or metadata; * for all
     status: int
     reason: str
     message: str
@@ -253,9 +253,9 @@ class Front:
             text = "<Error><Code>AuthenticationRequired</Code><Message>Authentication required."
             return action, 401, [], f"{text}</Message></Error>".encode()
 
-        def allowed(right: str, bucket: str, _key: str) -> bool:
+        def allowed(right: str, bucket: str, key: str) -> bool:
             return who.rights is None or right in (
-                who.rights(_nothing()) | self._lent(who.name, bucket)
+                who.rights(_nothing()) | self._lent(who.name, bucket, key)
             )
 
         found = self.gcp.storage.object(verb, path, query, headers, body, allowed)
@@ -263,13 +263,10 @@ class Front:
             return action, 0, [], b""
         return action, found.status, list(found.headers), found.content
 
-    def _lent(self, account: str, bucket: str) -> set[str]:
-        """Say what a bucket's own policy lets somebody do."""
-        for binding in self.gcp.storage.buckets[bucket].policy.get("bindings", []):
-            member = f"serviceAccount:{account}" in binding["members"]
-            if member and binding["role"] == "roles/storage.objectUser":
-                return OBJECT_USER
-        return set()
+    def _lent(self, account: str, bucket: str, key: str = "") -> set[str]:
+        """Say what a bucket's own policy lets somebody do with an object, or with itself."""
+        name = f"projects/_/buckets/{bucket}" + (f"/objects/{key}" if key else "")
+        return lent(self.gcp.storage.buckets[bucket].policy, account, name)
 
     def _check(self, action: str, call: Call, host: str, who: Principal | None) -> None:
         for fault in self.faults:

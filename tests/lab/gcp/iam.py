@@ -61,6 +61,9 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "compute.regionInstanceGroupManagers.listManagedInstances": (
         "compute.instanceGroupManagers.get",
     ),
+    "compute.regionInstanceGroupManagers.recreateInstances": (
+        "compute.instanceGroupManagers.update",
+    ),
     "compute.regionInstanceGroupManagers.resize": ("compute.instanceGroupManagers.update",),
     "compute.regionInstanceGroupManagers.setInstanceTemplate": (
         "compute.instanceGroupManagers.update",
@@ -89,7 +92,13 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "storage.buckets.setIamPolicy": ("storage.buckets.setIamPolicy",),
 }
 KINDS = {"instance": "Instance", "instanceTemplate": "InstanceTemplate"}
-OBJECT_USER = {f"storage.objects.{verb}" for verb in ("create", "get", "list", "delete")}
+# What a bucket's policy can give, and what it allows on objects.
+OBJECT_ROLES = {
+    "roles/storage.objectViewer": {"storage.objects.get", "storage.objects.list"},
+    "roles/storage.objectUser": {
+        f"storage.objects.{verb}" for verb in ("create", "get", "list", "delete")
+    },
+}
 
 
 class Iam:
@@ -158,6 +167,21 @@ class Iam:
         return found
 
 
+def lent(policy: dict[str, Any], account: str, resource: str) -> set[str]:
+    """Say what a bucket's own policy lets somebody do with it, or with an object in it.
+
+    A list is asked of the bucket, whatever its prefix.
+    """
+    kind = "Object" if "/objects/" in resource else "Bucket"
+    there = _Resource(f"storage.googleapis.com/{kind}", resource)
+    found: set[str] = set()
+    for binding in policy.get("bindings", []):
+        condition = binding.get("condition", {}).get("expression", "True")
+        if f"serviceAccount:{account}" in binding["members"] and _true(condition, there):
+            found |= OBJECT_ROLES.get(binding["role"], set())
+    return found
+
+
 class _Name(str):
     """The name of a resource, as conditions see it."""
 
@@ -178,9 +202,13 @@ class _Resource:
 
 
 def _holds(condition: str, call: Call) -> bool:
+    return all(_true(condition, one) for one in _resources(call))
+
+
+def _true(condition: str, resource: _Resource) -> bool:
     """Evaluate a condition, whose language is Python's but for two operators."""
     text = condition.replace("||", " or ").replace("&&", " and ")
-    return all(eval(text, {"resource": one}) for one in _resources(call))
+    return bool(eval(text, {"resource": resource}))
 
 
 def _resources(call: Call) -> Iterator[_Resource]:

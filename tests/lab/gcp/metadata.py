@@ -9,29 +9,47 @@ import hashlib
 import json
 import re
 import time
+from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from tests.lab.gcp.compute import Compute
+    from tests.lab.gcp.front import Fault
 
 NUMBER = "123456789012"
 ROOT = "/computeMetadata/v1"
 
 
 class Metadata:
-    """A WSGI application for one instance."""
+    """A WSGI application for one instance.
 
-    def __init__(self, compute: Compute, number: str, login: Callable[[str], str]) -> None:
+    A fault of the action "metadata" is one of every question, one of "metadata.token" of that for
+    a token; of status 0, nobody answers.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        number: str,
+        login: Callable[[str], str],
+        faults: Sequence[Fault] = (),
+    ) -> None:
         self._compute, self._number, self._login = compute, number, login
+        self._faults = faults
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("HTTP_METADATA_FLAVOR") != "Google":
             return _answer(start, "403 Forbidden", "Missing Metadata-Flavor:Google header.")
         path = environ["PATH_INFO"]
         query = dict(parse_qsl(environ.get("QUERY_STRING", "")))
+        if fault := self._fault(path):
+            if not fault.status:
+                environ["werkzeug.socket"].shutdown(SHUT_RDWR)
+                raise ConnectionError(fault.message)
+            return _answer(start, f"{fault.status} Error", fault.message)
         if path in ("", "/"):
             return _answer(start, "200 OK", "computeMetadata/\n")
         text, tag = self._read(path, query)
@@ -45,6 +63,11 @@ class Metadata:
             return _answer(start, "404 Not Found", "not found")
         kind = "application/json" if "recursive" in query or "token" in path else "text/plain"
         return _answer(start, "200 OK", text, [("ETag", tag), ("Content-Type", kind)])
+
+    def _fault(self, path: str) -> Fault | None:
+        token = path.endswith("/token") and "metadata.token"
+        ours = [one for one in self._faults if one.action in ("metadata", token)]
+        return next((one for one in ours if one.strikes(one.action)), None)
 
     def _read(self, path: str, query: dict[str, str]) -> tuple[str | None, str]:
         value: Any = self._tree()

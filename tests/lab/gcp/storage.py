@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.lab.gcp.discovery import Call
 
 VERBS = {"GET": "get", "HEAD": "get", "PUT": "create", "DELETE": "delete"}
+PAGE = 1000  # names in one answer
 SPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 
 
@@ -85,13 +86,25 @@ class Storage:
         return self._described(call.where["bucket"])
 
     def get_policy(self, call: Call) -> Any:
-        """Say who may do what."""
-        return {"kind": "storage#policy", **self.buckets[call.where["bucket"]].policy}
+        """Say who may do what; only who asks for version 3 understands conditions."""
+        found = self.buckets[call.where["bucket"]].policy
+        if call.query.get("optionsRequestedPolicyVersion") != "3" and _conditions(found):
+            raise ApiError(
+                400, "badRequest", "Requested policy version does not support conditions"
+            )
+        return {"kind": "storage#policy", **found}
 
     def set_policy(self, call: Call) -> Any:
         """Change that."""
-        self.buckets[call.where["bucket"]].policy = call.body
-        return call.body
+        bucket, new = self.buckets[call.where["bucket"]], call.body
+        if new.get("etag") != bucket.policy["etag"]:
+            raise ApiError(412, "conditionNotMet", "The policy was changed meanwhile")
+        access = bucket.settings.get("iamConfiguration", {}).get("uniformBucketLevelAccess", {})
+        if _conditions(new) and not (new.get("version") == 3 and access.get("enabled")):
+            text = "Conditions need version 3 and uniform bucket-level access"
+            raise ApiError(400, "badRequest", text)
+        bucket.policy = {**new, "etag": f"CAE{next(self._numbers):06}="}
+        return bucket.policy
 
     def _described(self, name: str) -> dict[str, Any]:
         return {"kind": "storage#bucket", "id": name, **self.buckets[name].settings}
@@ -120,6 +133,10 @@ class Storage:
             if not key:
                 return _listing(there, bucket, query)
             if verb == "PUT":
+                old = key in there and "x-goog-if-generation-match" not in headers
+                if old and not allowed("storage.objects.delete", bucket, key):
+                    text = "Caller does not have storage.objects.delete access, to overwrite it."
+                    return _refusal(403, "AccessDenied", f"Access denied. {text}")
                 return self._put(there, key, headers, body)
             if key not in there:
                 return _refusal(404, "NoSuchKey", "The specified key does not exist.")
@@ -163,24 +180,38 @@ def _got(one: Object, headers: dict[str, str], verb: str) -> Answer:
 
 def _listing(there: dict[str, Object], bucket: str, query: dict[str, str]) -> Answer:
     prefix, after = query.get("prefix", ""), query.get("continuation-token", "")
-    keys = sorted(key for key in there if key.startswith(prefix) and key > after)
-    most = int(query.get("max-keys", 1000))
-    rows = "".join(
-        f"<Contents><Key>{escape(key)}</Key><LastModified>"
-        f"{there[key].modified:%Y-%m-%dT%H:%M:%S.000Z}</LastModified>"
-        f'<ETag>"{there[key].generation}"</ETag><Size>{len(there[key].content)}</Size></Contents>'
-        for key in keys[:most]
-    )
-    more = len(keys) > most
-    last = escape(keys[most - 1]) if more else ""
-    token = f"<NextContinuationToken>{last}</NextContinuationToken>"
+    found: dict[str, str] = {}
+    for key in sorted(key for key in there if key.startswith(prefix)):
+        name, slash, _ = key[len(prefix) :].partition(query.get("delimiter") or "\0")
+        entry = f"{prefix}{name}{slash}" if slash else key
+        if entry > after:
+            found[entry] = _folder(entry) if slash else _row(entry, there[entry])
+    names = list(found)[: int(query.get("max-keys", PAGE))]
+    more = len(found) > len(names)
+    token = f"<NextContinuationToken>{escape(names[-1])}</NextContinuationToken>" if more else ""
     text = (
         f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="{SPACE}">'
         f"<Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix>"
-        f"<IsTruncated>{str(more).lower()}</IsTruncated>{token if more else ''}{rows}"
-        "</ListBucketResult>"
+        f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}"
+        f"{''.join(found[name] for name in names)}</ListBucketResult>"
     )
     return Answer(200, text.encode(), (("Content-Type", "application/xml"),))
+
+
+def _row(key: str, one: Object) -> str:
+    return (
+        f"<Contents><Key>{escape(key)}</Key><LastModified>"
+        f"{one.modified:%Y-%m-%dT%H:%M:%S.000Z}</LastModified>"
+        f'<ETag>"{one.generation}"</ETag><Size>{len(one.content)}</Size></Contents>'
+    )
+
+
+def _folder(name: str) -> str:
+    return f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
+
+
+def _conditions(policy: dict[str, Any]) -> bool:
+    return any("condition" in one for one in policy.get("bindings", []))
 
 
 def _refusal(status: int, code: str, message: str) -> Answer:
