@@ -33,7 +33,7 @@ exec {command} {url}
 
 # The timer comes first, so that nothing outlives the deadline, whatever fails.
 DEADLINE = """\
-step='setting the deadline, which may have passed'
+step='meeting the deadline'
 [ "$(date +%s)" -lt {epoch} ]
 unit=cml-runner-deadline
 cat >/etc/systemd/system/$unit.service <<END
@@ -70,7 +70,6 @@ fi
 MACHINE = """\
 #!/bin/sh
 set -eu
-umask 022
 export HOME=/root LANG=C.UTF-8{proxies}
 log=/var/log/cml-runner-bootstrap.log
 exec >$log 2>&1

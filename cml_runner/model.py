@@ -371,14 +371,6 @@ class Bill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which machine is the one of this rank, and since when."""
-
-    machine: str
-    at: datetime
-
-
-@dataclass(frozen=True, kw_only=True)
 class Interruption:
     """A job that was cut off. It is pending until the forge has queued it again."""
 

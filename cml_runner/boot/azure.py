@@ -177,7 +177,7 @@ class Machine:
     ends_with_power = False  # without power it is still paid for, and never replaced
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
+        parts, self.url = urlsplit(url), url
         self.task = parts.fragment.rpartition("/")[2]
         self._login = Login(url)
         self.objects = Container(self._login, url, parts.path.strip("/"))

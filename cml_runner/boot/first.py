@@ -26,7 +26,11 @@ PAUSES = [1, 2, 5] + 59 * [10]  # seconds; ten minutes, until new rights are kno
 def main(url: str, sha256: str, *more: str) -> None:
     """Become the program, or end this machine with exit code 78."""
     place = f"/opt/cml-runner/programs/{sha256}.whl"
-    if problem := fetch(url, sha256, place):
+    try:
+        problem = fetch(url, sha256, place)
+    except OSError as error:  # a full disk
+        problem = f"{error}"
+    if problem:
         give_up(url, sha256, problem)
         sys.exit(78)
     os.environ["PYTHONPATH"] = place
@@ -52,7 +56,7 @@ def fetch(url: str, sha256: str, place: str) -> str:
     else:
         return reason
     if hashlib.sha256(wheel).hexdigest() != sha256:
-        return "the program in the bucket isn't the launcher's: its SHA-256 is another"
+        return "the program in the bucket is wrong: its SHA-256 is another"
     with open(place, "wb") as file:
         file.write(wheel)
     return ""

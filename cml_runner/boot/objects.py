@@ -40,7 +40,10 @@ def log(rank: int, number: int | None = None) -> str:
 
 
 def place(rank: int, generation: int | None = None) -> str:
-    """Name the object that holds a model.Place, or what the names of all generations begin with."""
+    """Name the object that says whose a place is, or what the names of all generations begin with.
+
+    It is JSON: the machine's name (`machine`), and since when (`at`).
+    """
     return f"{PLACE}{rank:03}-" + ("" if generation is None else f"{generation:04}")
 
 

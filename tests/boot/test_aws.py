@@ -55,7 +55,7 @@ def test_the_signature_is_botocores(
 def _oracle() -> type:
     from botocore.auth import S3SigV4Auth
 
-    class Oracle(S3SigV4Auth):
+    class Oracle(S3SigV4Auth):  # type: ignore[misc]
         """botocore's signer, at a time of ours; paths are sent as they are."""
 
         def sign(self, request: object, at: datetime) -> None:

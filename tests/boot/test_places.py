@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Literal
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from cml_runner import store
-from cml_runner.model import Place, Status
-from cml_runner.supervise import places
+from cml_runner.boot import places
+from cml_runner.model import Status
 from cml_runner.wait import until
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def test_the_place_of_a_machine_that_ended_is_taken_at_once(
 def test_the_place_of_a_machine_that_fell_silent_is_taken(bucket: store.Store) -> None:
     places.take(bucket, 1, "i-1", refuse)
     long_ago = places.STALE.total_seconds() + 5
-    bucket.save(store.place(0, 0), Place(machine="i-1", at=now() - timedelta(seconds=2 * long_ago)))
+    at = (now() - timedelta(seconds=2 * long_ago)).isoformat()
+    bucket.write(store.place(0, 0), json.dumps({"machine": "i-1", "at": at}).encode())
     says(bucket, 0, "ready", ago=long_ago)
     assert places.take(bucket, 1, "i-2", refuse) == 0
     assert bucket.keys(store.place(0)) == [store.place(0, 0), store.place(0, 1)]

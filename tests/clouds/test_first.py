@@ -5,29 +5,28 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pwd
 import subprocess
 import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cml_runner import bootstrap
 from cml_runner.model import Program, Status
+from tests.boot.test_pythons import VERSIONS, interpreter
 from tests.clouds.conftest import until
 from tests.clouds.test_machine_contract import CLOUDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from cml_runner.clouds import Plan
     from tests.clouds.test_machine_contract import BootRig
 
-VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")  # AL2023; Ubuntu 22.04; Debian 12; 24.04; 13
 SAYS = "import sys; print('booted', *sys.argv[1:])"
 
 
@@ -55,17 +54,6 @@ def made() -> bytes:
     return content.getvalue()
 
 
-def python(version: str) -> str:
-    """Find an interpreter."""
-    if f"{sys.version_info.major}.{sys.version_info.minor}" == version:
-        return sys.executable
-    home = Path(pwd.getpwuid(os.getuid()).pw_dir)  # HOME is the test's own
-    found = sorted(home.glob(f".pyenv/versions/{version}.*/bin/python"))
-    if not found:
-        pytest.skip(f"no Python {version} here")
-    return str(found[-1])
-
-
 class Script:
     """Stage 0 of one machine, below another root."""
 
@@ -83,10 +71,10 @@ class Script:
         with self.rig.machine(self.plan, instance) as machine:
             yield machine.url
 
-    def run(self, instance: str, interpreter: str = sys.executable) -> tuple[int, str]:
+    def run(self, instance: str, python: str = sys.executable) -> tuple[int, str]:
         with self.on(instance) as url:
             done = subprocess.run(
-                [interpreter, "-u", "-", url, self.program.sha256, "--count", "1"],
+                [python, "-u", "-", url, self.program.sha256, "--count", "1"],
                 input=self.text,
                 env=dict(os.environ),
                 cwd=self.root,
@@ -106,7 +94,7 @@ def script(rig: BootRig, plan: Plan, tmp_path: Path) -> Script:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_program_is_fetched_checked_and_started(script: Script, version: str) -> None:
     (instance,) = script.rig.running(script.plan)
-    code, said = script.run(instance, python(version))
+    code, said = script.run(instance, interpreter(version))
     assert code == 0, said
     with script.on(instance) as url:
         assert said == f"booted machine {url} --count 1\n"
@@ -137,6 +125,15 @@ def test_a_changed_byte_is_refused_and_told(script: Script) -> None:
         assert script.plan.bucket.store.log(0).count("SHA-256") == number + 1
     assert not list((script.root / "programs").iterdir())
     until(lambda: not script.plan.group.instances())
+
+
+def test_a_disk_without_room_is_told(script: Script) -> None:
+    (script.root / "programs").rmdir()
+    (script.root / "programs").symlink_to("/dev/full/programs")
+    (instance,) = script.rig.running(script.plan)
+    code, said = script.run(instance)
+    assert code == 78, said
+    assert "/programs/" in failure(script).reason
 
 
 def test_a_program_that_is_gone_is_told(script: Script) -> None:

@@ -19,6 +19,7 @@ from cml_runner.errors import CredentialsError
 from cml_runner.store import Store
 from tests import test_store
 from tests.boot import test_azure as test_azure_machine
+from tests.boot.test_azure import impatient
 from tests.clouds import azure_rig as rigs
 from tests.clouds import test_azure, test_azure_launches, test_contract
 from tests.clouds.test_azure_launches import environment
@@ -63,7 +64,7 @@ def borrowed(module: ModuleType) -> dict[str, Any]:
 globals().update(borrowed(test_contract) | borrowed(test_azure) | borrowed(test_azure_launches))
 globals().update(borrowed(test_azure_machine))
 globals().update(borrowed(test_store) | borrowed(test_snapshot) | borrowed(test_restore))
-__all__ = ["environment", "source"]  # their fixtures
+__all__ = ["environment", "impatient", "source"]  # their fixtures
 
 
 @pytest.fixture(scope="session")

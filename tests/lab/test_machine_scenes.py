@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.lab
 
+LISTENING = "ss --no-header --listening --tcp --udp --numeric"
 LONG = "echo first half\nsleep 4\necho second half"
 REASONS = {"aws": "interruption", "azure": "spot eviction", "gcp": "preemption"}
 on_aws = pytest.mark.parametrize("stage", ["aws"], indirect=True)  # what no cloud has to do with
@@ -66,6 +67,9 @@ def test_a_single_machine_holds_nothing_worth_reading(stage: Stage) -> None:
     assert not any(token.encode() in content for content in stage.there.objects().values())
     assert machine.remembers("cml_runner.supervise", "cml_runner")  # or this would prove nothing
     assert not machine.remembers("cml_runner.supervise", token)
+    lines = machine.run(LISTENING).stdout.splitlines()
+    ports = {line.split()[4].rpartition(":")[2] for line in lines}
+    assert ports <= {"22"}, "and that is the image's own"
     assert stage.ask_metadata(machine).stdout  # root may
     refused = stage.ask_metadata(machine, "runner")
     assert (refused.returncode, refused.stdout) == (7, "")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from cml_runner import bootstrap
 from cml_runner import leases as base
+from cml_runner.boot.aws import TAG
 from cml_runner.boot.objects import PROGRAMS
-from cml_runner.clouds.aws.account import ROLE, TAG, Shared
+from cml_runner.clouds.aws.account import ROLE, Shared
 from cml_runner.errors import AlreadyExists, NotFound, RunnerError
 from cml_runner.keys import public_key
 from cml_runner.leases import LEASES, TASKS, Claim
