@@ -33,7 +33,7 @@ exec {command} {url}
 
 # The timer comes first, so that nothing outlives the deadline, whatever fails.
 DEADLINE = """\
-step='meeting the deadline'
+step='the deadline'
 [ "$(date +%s)" -lt {epoch} ]
 unit=cml-runner-deadline
 cat >/etc/systemd/system/$unit.service <<END

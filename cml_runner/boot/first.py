@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from cml_runner.boot.first_aws import ask, end
 
-PAUSES = [1, 2, 5] + 59 * [10]  # seconds; ten minutes, until new rights are known everywhere
+PAUSES = [1, 2, 5] + 60 * [10]  # seconds; ten minutes, until new rights are known everywhere
 
 
 def main(url: str, sha256: str, *more: str) -> None:

@@ -42,9 +42,9 @@ def signed(
     key = ("AWS4" + keys["SecretAccessKey"]).encode()
     for part in (*scope.split("/"), text):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    who = keys["AccessKeyId"] + "/" + scope
     sent["authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={keys['AccessKeyId']}/{scope},"
-        f" SignedHeaders={names}, Signature={key.hex()}"
+        f"AWS4-HMAC-SHA256 Credential={who}, SignedHeaders={names}, Signature={key.hex()}"
     )
     return sent
 

@@ -141,8 +141,7 @@ class Bucket:
         found: list[str] = []
         more: str | None = ""
         while more is not None:
-            text = self._ask("GET", "", query=query).text
-            page = ElementTree.fromstring(text)  # noqa: S314
+            page = _parsed(self._ask("GET", "", query=query).text)
             found += [one.text or "" for one in page.findall("{*}Contents/{*}Key")]
             more = page.findtext("{*}NextContinuationToken") or None
             query = {**query, "continuation-token": more} if more else {}
@@ -213,7 +212,8 @@ class Machine:
     def dismiss(self) -> None:
         """Have the group delete this machine, and hold one less."""
         self.check()
-        self._manage("deleteInstances", skipInstancesOnValidationError=True)
+        if not self._manage("deleteInstances", skipInstancesOnValidationError=True):
+            self._delete()
 
     def finish(self) -> None:
         """Delete all, and this machine last: so the group has to forget it first."""
@@ -287,10 +287,10 @@ class Machine:
         del self._requests[what]
         if operation is None:
             return False
-        while wait and operation["status"] != "DONE":
+        while wait and operation.get("status", "DONE") != "DONE":
             link = operation["selfLink"].partition("/projects/")[2]
             found = self._ask("POST", f"projects/{link}/wait", timeout=WAIT)
-            operation = found or {"status": "DONE"}
+            operation = found or {}
         for one in operation.get("error", {}).get("errors", []):
             msg = f"{operation.get('operationType')}: {one.get('message')} ({one.get('code')})"
             raise RunnerError(msg)
@@ -320,6 +320,15 @@ def _login() -> dict[str, str]:
         msg = f"the metadata server gives no token of a service account: {error}"
         raise RunnerError(msg) from error
     return {"Authorization": f"Bearer {token}"}
+
+
+def _parsed(text: str) -> ElementTree.Element:
+    """Read XML. Raises RunnerError."""
+    try:
+        return ElementTree.fromstring(text)  # noqa: S314
+    except ElementTree.ParseError as error:
+        msg = f"Cloud Storage answers with nonsense: {error}"
+        raise RunnerError(msg) from error
 
 
 def _message(text: str) -> str:

@@ -309,7 +309,7 @@ def start(rig: AzureRig, machine: str, place: Path) -> subprocess.CompletedProce
     text = rest.partition("\nEND\n")[0]
     for old, new in (
         ("/opt/cml-runner/programs", str(place)),
-        ("[1, 2, 5] + 59 * [10]", "20 * [0.1]"),
+        ("[1, 2, 5] + 60 * [10]", "20 * [0.1]"),
     ):
         assert old in text
         text = text.replace(old, new)

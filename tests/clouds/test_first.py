@@ -62,7 +62,7 @@ class Script:
         self.cloud = type(rig).__name__.removesuffix("Rig").lower()
         self.program = plan.bucket.task.program  # type: ignore[attr-defined]
         text = bootstrap.first({"google": "gcp"}.get(self.cloud, self.cloud))
-        self.text = text.replace("/opt/cml-runner", str(root)).replace("59 * [10]", "[0.1]")
+        self.text = text.replace("/opt/cml-runner", str(root)).replace("60 * [10]", "[0.1]")
         assert str(root) in self.text
         (root / "programs").mkdir()
 

@@ -144,7 +144,7 @@ def test_a_supervisor_that_dies_takes_its_machine_along(stage: Stage) -> None:
     stage.launch("--cloud-spot", "--idle-timeout", "6s")
     first = stage.only()
     fault = stage.throttle_ends(3)
-    killed = first.run("systemctl kill --signal=KILL cml-runner.service")
+    killed = first.run("systemctl kill --kill-whom=main --signal=KILL cml-runner.service")
     assert killed.returncode == 0, killed
     stage.wait(lambda: stage.region.life(first.instance.id).ended, "its end")
     assert not fault.times
