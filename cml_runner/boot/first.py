@@ -34,6 +34,7 @@ def main(url: str, sha256: str, *more: str) -> None:
         give_up(url, sha256, problem)
         sys.exit(78)
     os.environ["PYTHONPATH"] = place
+    os.chdir("/")  # it comes before that path
     boot = ["python3", "-m", "cml_runner.boot", "machine", url, *more]
     os.execv(sys.executable, boot)
 
@@ -63,7 +64,7 @@ def fetch(url: str, sha256: str, place: str) -> str:
 
 
 def give_up(url: str, sha256: str, reason: str) -> None:
-    """Say why, and end this machine, which is replaced only if it is the first to say so.
+    """Say why, and end this machine, whatever it takes; only the first one is replaced.
 
     One that may not say so isn't replaced either: rights don't come by themselves.
     """
@@ -73,13 +74,13 @@ def give_up(url: str, sha256: str, reason: str) -> None:
     status.update({"state": "failed", "program": sha256[:12]})
     put(url, f"log-000-000000.txt~{last:d}", f"{now} {reason}\n".encode())
     put(url, "status-000.json", json.dumps({**status, "code": 11}).encode())
-    for pause in PAUSES:
+    while True:
         try:
             end(url, last)
             break
         except Exception as error:
-            print("can't end yet:", error)
-            time.sleep(pause)
+            print("can't end:", error)
+            time.sleep(10)
 
 
 def put(url: str, name: str, content: bytes, once: bool = False) -> int:

@@ -62,8 +62,14 @@ class Script:
         self.cloud = type(rig).__name__.removesuffix("Rig").lower()
         self.program = plan.bucket.task.program  # type: ignore[attr-defined]
         text = bootstrap.first({"google": "gcp"}.get(self.cloud, self.cloud))
-        self.text = text.replace("/opt/cml-runner", str(root)).replace("60 * [10]", "[0.1]")
-        assert str(root) in self.text
+        for old, new in (
+            ("/opt/cml-runner", str(root)),
+            ("60 * [10]", "[0.1]"),
+            ("time.sleep(10)", "time.sleep(0.1)"),
+        ):
+            assert old in text
+            text = text.replace(old, new)
+        self.text = text
         (root / "programs").mkdir()
 
     @contextmanager
