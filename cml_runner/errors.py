@@ -103,6 +103,6 @@ class NotReady(RunnerError):
 def by_code(code: int) -> type[RunnerError]:
     """Find the kind of error that a machine reported by its exit code."""
     for kind in RunnerError.__subclasses__():
-        if kind.exit_code == code and kind not in (MissingDependency, CleanupFailed):
+        if kind.__module__ == __name__ and kind.exit_code == code and kind is not CleanupFailed:
             return kind
     return RunnerError

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cml_runner import clouds, steps, store
+from cml_runner import clouds, reports, steps, store
 from cml_runner.errors import (
     CleanupFailed,
     ConfigurationError,
@@ -21,7 +21,8 @@ from cml_runner.errors import (
     NotFound,
     RunnerError,
 )
-from cml_runner.model import Bill, Identifier, Instance, Lease, Status, Task, names
+from cml_runner.model import Bill, Identifier, Instance, Lease, Task, names
+from cml_runner.reports import Tail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cml_runner.access import Access
     from cml_runner.clouds import Cloud, Plan
     from cml_runner.forges import Forge
+    from cml_runner.model import Status
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +69,7 @@ class Found:
 
     def statuses(self) -> dict[int, Status]:
         """What its machines last said, by rank."""
-        bucket, found = self.bucket, {}
-        for rank in bucket.ranks():
-            try:
-                if status := bucket.load(store.status(rank), Status):
-                    found[rank] = status
-            except RunnerError as error:
-                log.warning("%s", error)
-        return found
+        return reports.statuses(self.bucket, tolerant=True)
 
     def runners(self) -> set[str]:
         """Names that its machines have, or had, on the forge."""
@@ -258,12 +253,16 @@ def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
     cloud can't be reached. Of machines that have not got so far, or never did, what they have
     written to the console is all that there is.
     """
-    read: dict[int, str] = {}
-    failures = 0
+    tails: dict[int, Tail] = {}
+    failures, silent = 0, True
     while True:
         try:
             there = follow and found.place.cloud.lease(found.id) is not None
-            texts = {rank: found.bucket.log(rank) for rank in found.bucket.ranks()}
+            for rank in found.bucket.ranks():
+                tail = tails.setdefault(rank, Tail(found.bucket, rank))
+                if text := tail.text(last=not there):
+                    silent = False
+                    yield rank, text
         except RunnerError as error:
             failures += 1
             if not follow or isinstance(error, CredentialsError) or failures > PATIENCE:
@@ -272,21 +271,11 @@ def logs(found: Found, *, follow: bool) -> Iterator[tuple[int, str]]:
             time.sleep(FOLLOW * failures)
             continue
         failures = 0
-        for rank, text in texts.items():
-            if new := _news(text, read.get(rank, ""), whole=there):
-                read[rank] = text[: text.rindex(new) + len(new)]
-                yield rank, new
         if not there:
-            if not read and found.lease and (text := found.plan.group.console()):
+            if silent and found.lease and (text := found.plan.group.console()):
                 yield 0, text  # its supervisor hasn't begun to speak
             return
         time.sleep(FOLLOW)
-
-
-def _news(text: str, before: str, *, whole: bool) -> str:
-    """Say what is new in a log; where nothing remembers a machine, its successor's begins anew."""
-    new = text[len(before) :] if text.startswith(before) else text
-    return new[: new.rfind("\n") + 1] if whole else new
 
 
 def interrupt(found: Found, instance: str, after: float) -> None:

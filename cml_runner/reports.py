@@ -1,4 +1,4 @@
-"""What machines report in their task's bucket, for those who read it: statuses, and growing logs."""
+"""What machines report in their task's bucket, as others read it: statuses, and growing logs."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Tail:
         Raises RunnerError; what was read before that is returned the next time.
         """
         for key in self.bucket.keys(log_of(self.rank)):
-            if key >= self.key:
-                self._take(key, self.bucket.read(key) or b"")
+            if key >= self.key and (content := self.bucket.read(key)):
+                self._take(key, content)
         end = len(self.rest) if last else self.rest.rfind(b"\n") + 1
         lines, self.rest = self.rest[:end], self.rest[end:]
         return lines.decode(errors="replace")

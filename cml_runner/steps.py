@@ -69,7 +69,7 @@ def delete(resources: Sequence[Resource], permit: Callable[[], bool] = _always) 
 
     def one(resource: Resource) -> None:
         if any(need is resource for user in staying for need in user.needs):
-            log.info("keeping %s", resource.label)
+            log.info("keeping %s", resource.label)  # design 16
             staying.append(resource)
             return
         try:

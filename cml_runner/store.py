@@ -243,7 +243,7 @@ class Store:
         return NotFound(f"{self.url} is gone")
 
 
-class Said(Store):
+class Said(Store):  # design 33
     """A directory of a machine that can write nowhere else, said:///DIRECTORY.
 
     What others must know it says aloud: its status and its result on stdout, whenever there is

@@ -200,7 +200,7 @@ def _removed(found: Found, item: Item, access: Callable[[], Access | None]) -> I
 
     def work() -> None:
         try:
-            inventory.remove(found, access, lambda: _still_there(found))
+            inventory.remove(found, access, lambda: _still_there(found))  # design 61
         except RunnerError as error:
             if _still_there(found):
                 raise

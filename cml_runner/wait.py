@@ -45,6 +45,28 @@ def patiently(look: Callable[[], T]) -> T:
     return look()
 
 
+class Pacer:
+    """Says when it is time for the next of some calls that are counted; for the first, at once."""
+
+    def __init__(self, *pauses: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the seconds between calls; the last ones are for ever."""
+        self._pauses, self._clock = pauses, clock
+        self._left = lasting(pauses)
+        self._next: float | None = None
+
+    def due(self) -> bool:
+        """Say if it is time, and count from now."""
+        now = self._clock()
+        if self._next is not None and now < self._next:
+            return False
+        self._next = now + next(self._left)
+        return True
+
+    def restart(self) -> None:
+        """Let the next call be a first one."""
+        self._left, self._next = lasting(self._pauses), None
+
+
 def lasting(pauses: Sequence[float]) -> Iterator[float]:
     """Go through pauses, and stay with the last one for ever."""
     return chain(pauses, repeat(pauses[-1]))

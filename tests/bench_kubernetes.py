@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from tests.lab.town import Country, Town
 
-WHERE = ("--cloud", "kubernetes", "--cloud-type", "0.1-500", "--idle-timeout", "never")
+WHERE = ("--cloud", "kubernetes", "--idle-timeout", "never")
+SMALL, USUAL = ("--cloud-type", "0.1-500"), ("--cloud-type", "1-1000")
 IMAGE = ("--cloud-image", "lab.example/system:1")
 READY = ("--cloud-image", "lab.example/ready:1")  # with all that our program depends on
 
@@ -46,7 +47,7 @@ def launches(show: Callable[..., None]) -> None:
 
 def _launch(country: Country, town: Town, count: int, show: Callable[..., None]) -> None:
     start = time.monotonic()
-    done = town.cli("launch", *WHERE, *IMAGE, "--no-wait", "--count", str(count))
+    done = town.cli("launch", *WHERE, *SMALL, *IMAGE, "--no-wait", "--count", str(count))
     spent = time.monotonic() - start
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -60,15 +61,13 @@ def _launch(country: Country, town: Town, count: int, show: Callable[..., None])
 
 def _online(town: Town, show: Callable[..., None], image: tuple[str, ...], what: str) -> None:
     start, before = time.monotonic(), town.country.index.sent
-    done = town.cli("launch", *WHERE, *image)
+    done = town.cli("launch", *WHERE, *USUAL, *image)
     spent = time.monotonic() - start
     sent = (town.country.index.sent - before) / 1e6
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    own = f"{_to_readiness(town):.1f} s of its pod"
-    show(
-        f"launch on Kubernetes, {what}", f"{spent:.1f} s", f"  {own}", f"  {sent:.1f} MB installed"
-    )
+    own, installed = f"  {_to_readiness(town):.1f} s in the pod", f"  {sent:.1f} MB installed"
+    show(f"launch on Kubernetes, {what}", f"{spent:.1f} s", own, installed)
     town.cli("destroy", json.loads(done.stdout)["id"], "--cloud", "kubernetes")
 
 
@@ -78,10 +77,8 @@ def _to_readiness(town: Town) -> float:
     (container,) = pod["status"]["containerStatuses"]
     said = [line for line in town.log(pod["metadata"]["name"]).splitlines() if SAID in line]
     ready = next(one for one in map(_status, said) if one.state == "ready").since
-    began = datetime.fromisoformat(
-        container["state"]["running"]["startedAt"].replace("Z", "+00:00")
-    )
-    return (ready - began).total_seconds()
+    began = container["state"]["running"]["startedAt"].replace("Z", "+00:00")
+    return (ready - datetime.fromisoformat(began)).total_seconds()
 
 
 def _status(line: str) -> Status:

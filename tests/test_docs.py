@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import pytest
@@ -30,6 +30,13 @@ FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
 PAGES = ["README.md", *sorted(str(one.relative_to(ROOT)) for one in DOCS.glob("*.md"))]
+DESIGN = DOCS / "design"
+INDEX = DESIGN / "README.md"
+TOPICS = sorted(page for page in DESIGN.glob("*.md") if page != INDEX)
+OTHERS = [
+    *(f".github/{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "PULL_REQUEST_TEMPLATE")),
+    *(str(page.relative_to(ROOT)) for page in [INDEX, *TOPICS]),
+]
 
 
 @cache
@@ -185,7 +192,7 @@ def test_exit_codes_elsewhere(kind: type[errors.RunnerError]) -> None:
         assert re.search(rf"── {kind.__name__} +{kind.exit_code} ", errors.__doc__ or "")
 
 
-@pytest.mark.parametrize("name", [*PAGES, ".github/CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*PAGES, *OTHERS])
 def test_links_lead_somewhere(name: str) -> None:
     file = ROOT / name
     links = re.findall(r"\]\(([^)#:]+)[^):]*\)", file.read_text())
@@ -264,3 +271,74 @@ def test_commands_that_need_no_account(home: Path, cli: Cli, tmp_path: Path, lin
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(cli.run("list", "--output", "json").out) == []
+
+
+class Decision(NamedTuple):
+    """An entry of a design page."""
+
+    number: int
+    title: str
+    page: str
+    text: str
+
+
+@cache
+def decisions() -> list[Decision]:
+    return [
+        Decision(int(number), title, page.name, text.strip("\n"))
+        for page in TOPICS
+        for number, title, text in re.findall(
+            r"^## (\d+)\. ([^\n]+)\n(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL
+        )
+    ]
+
+
+def test_design_decisions_are_numbered_once_for_all() -> None:
+    numbers = sorted(decision.number for decision in decisions())
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) > 70
+
+
+def test_every_design_decision_is_in_the_index_once() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+) \| \[.+\]\((.+)\) \|$", INDEX.read_text(), re.MULTILINE)
+    expected = [(str(number), title, page) for number, title, page, _ in sorted(decisions())]
+    assert rows == expected
+
+
+@pytest.mark.parametrize("page", TOPICS, ids=lambda page: page.stem)
+def test_all_headings_of_a_design_page_are_decisions(page: Path) -> None:
+    count = sum(decision.page == page.name for decision in decisions())
+    assert count == len(re.findall(r"^##", page.read_text(), re.MULTILINE)) > 0
+
+
+@pytest.mark.parametrize("decision", decisions(), ids=lambda decision: decision.number)
+def test_a_design_decision_is_short(decision: Decision) -> None:
+    lines = decision.text.splitlines()
+    assert len(lines) <= 10
+    assert [line for line in lines if len(line) > 110] == []
+    parts = [line.split(":")[0] for line in lines if line.startswith("- ")]
+    assert parts == ["- Context", "- Decision", "- Consequence"]
+
+
+def test_every_decision_that_the_code_cites_exists() -> None:
+    code = [*(ROOT / "cml_runner").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    cited = {
+        int(number)
+        for file in code
+        for number in re.findall(r"#[^\n]*\bdesign (\d+)", file.read_text())
+    }
+    assert cited
+    assert cited - {decision.number for decision in decisions()} == set()
+
+
+def test_contributing_is_one_page() -> None:
+    assert len((ROOT / ".github" / "CONTRIBUTING.md").read_text().split()) <= 900
+
+
+def test_hooks_are_checks_of_ci() -> None:
+    hooks = (ROOT / ".github" / "pre-commit.yaml").read_text()
+    entries = re.findall(r"entry: (.+)", hooks)
+    checks = (ROOT / ".ci" / "run").read_text()
+    assert [entry for entry in entries if f" {entry} ||" not in checks] == []
+    for check in re.findall(r"^ {4}(\.venv/bin/\S+.*) \|\| failed=1", checks, re.MULTILINE):
+        assert check in entries

@@ -166,15 +166,16 @@ def logs_(identifier: str, cloud: str, cloud_region: str, output: str, *, follow
     With --follow, the exit code is that of the script.
     """
     from cml_runner import task
+    from cml_runner.reports import Tail
     from cml_runner.task import view
-    from cml_runner.task.follow import Tail
+    from cml_runner.task.follow import lines
 
     found = task.find(identifier, cloud, cloud_region)
     count = view.parallelism(found)
     if follow:
         _follow(task.follow(found), _where(found), as_json=output == "json")
     for rank in range(count):
-        for line in Tail(found.bucket, rank).lines(last=True):
+        for line in lines(Tail(found.bucket, rank), last=True):
             _echo(line, several=count > 1, as_json=output == "json")
 
 

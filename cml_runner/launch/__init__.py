@@ -202,7 +202,7 @@ def _in_region(
             launched.price = price(order, region)
     own = clouds.load(order.cloud, region).dedicated
     wanted = replace(wanted, cloud=order.cloud, region=region, user=USER if own else "")
-    once = order.single and not order.machine.spot and forge.one_time
+    once = order.single and not order.machine.spot and forge.one_time  # design 5
     found = plan(order, region, replace(wanted, credential=None) if once else wanted)
     launched.plan, launched.region = found, region
     if not _created(launched, found):
@@ -220,9 +220,9 @@ def _in_region(
             found.bucket.store.save(store.SETTINGS, content)
         found.group.resize(order.count)
         with suppress(NotFound):  # a machine that fails, or has its only job done, is faster
-            found.group.expire(order.expires)
+            found.group.expire(order.expires)  # the last step of a launch: design 3
         if order.wait:
-            asking = _ask_beside(launched, region)
+            asking = _ask_beside(launched, region)  # design 66
             readiness.wait(order, found, forge, tell)
             launched.price = asking.price
             prices.record(launched.price, launched.began, found.bucket.store)

@@ -375,7 +375,7 @@ class Supervisor:
             forgetful = self.forgotten is not None
             if forgetful and stop.then == "vanish" and self._is_better_lost(job):
                 log.info("%s can't be run again yet: the forge will find it lost", job.name)
-                self.process.kill()
+                self.process.kill()  # design 34
                 self.unheard = True  # or the forge would forget who ran it
                 return
             try:

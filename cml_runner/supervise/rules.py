@@ -101,7 +101,7 @@ def _told_to_go(state: State, event: Notice | Signalled) -> tuple[State, Stop | 
     if isinstance(event, Signalled):
         return state, Stop(reason=event.name, then="vanish", retry=state.phase == "busy")
     if state.phase == "busy" and not event.deadline:
-        return replace(state, doomed=True), None  # the job may still be done in time
+        return replace(state, doomed=True), None  # the job may still be done in time: design 18
     return state, Stop(reason=event.reason, then="vanish", retry=state.phase == "busy")
 
 

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 SUDOERS = Path("/etc/sudoers.d/cml-runner")
 RETAINED = (*trust.PROXIES, *map(str.lower, trust.PROXIES), *trust.REPLACING, trust.ADDING)
-METADATA = {"iptables": "169.254.169.254", "ip6tables": "fd00:ec2::254"}  # answers on port 80
+# design 22; it answers on port 80
+METADATA = {"iptables": "169.254.169.254", "ip6tables": "fd00:ec2::254"}
 EAGER = 300  # oom_score_adj: when memory is short a job goes, not the supervisor
 SHELLS = ("/bin/bash", "/bin/sh")
 SUBORDINATES = Path("/etc/subuid")

@@ -20,8 +20,9 @@ from cml_runner.errors import (
 )
 from cml_runner.launch import USER, provision
 from cml_runner.model import OLDER, Machine, Program, Script, Settings, Task, names
+from cml_runner.reports import statuses
 from cml_runner.task import files, older
-from cml_runner.task.follow import Follow, results, statuses
+from cml_runner.task.follow import Follow, results
 from cml_runner.task.view import parallelism
 
 if TYPE_CHECKING:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cml_runner import store
-from cml_runner.boot import failing
-from cml_runner.errors import NotReady, RunnerError
-from cml_runner.launch.readiness import CRASHES, FATAL
-from cml_runner.model import Result, Status
+from cml_runner.errors import NotReady
+from cml_runner.launch import hindrance
+from cml_runner.model import Result
+from cml_runner.reports import Tail, statuses
+from cml_runner.wait import Pacer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from datetime import datetime
 
     from cml_runner.clouds import Plan
@@ -27,7 +26,6 @@ LONGEST = 3  # … and when it has been quiet for a while
 ASK = 5  # … and at the cloud, which counts our calls
 LAST = 15  # seconds for the last lines, once it is known how a script ended
 SILENCE = 180  # seconds after which we ask if there is still a machine that could say anything
-AT_ONCE = 16  # reads under way
 SCRIPT = re.compile(r"\d\d:\d\d:\d\d \| ?(.*)")  # what isn't the supervisor's own
 
 
@@ -40,34 +38,15 @@ class Line:
     script: bool
 
 
-@dataclass
-class Tail:
-    """A log that grows: only its end is read again."""
+def lines(tail: Tail, *, last: bool = False) -> list[Line]:
+    """Return what is new in a log; at the last, also a line without an end."""
+    text = tail.text(last=last)
+    return [_line(tail.rank, one) for one in text.removesuffix("\n").split("\n")] if text else []
 
-    bucket: Store
-    rank: int
-    key: str = ""  # of the object that is read up to …
-    read: int = 0  # … this byte
-    rest: bytes = b""  # a line that isn't complete
 
-    def lines(self, *, last: bool = False) -> list[Line]:
-        """Return what is new; at the last, also a line without an end."""
-        text = self.rest
-        for key in self.bucket.keys(f"log-{self.rank:03}-"):
-            if key < self.key:
-                continue
-            content = self.bucket.read(key) or b""
-            text += content[self.read if key == self.key else 0 :]
-            self.key, self.read = key, len(content)
-        whole, _, self.rest = text.rpartition(b"\n")
-        if last and self.rest:
-            whole, self.rest = text, b""
-        decoded = whole.decode(errors="replace")
-        return [self._line(one) for one in decoded.split("\n")] if whole else []
-
-    def _line(self, text: str) -> Line:
-        match = SCRIPT.fullmatch(text)
-        return Line(self.rank, match[1] if match else text, bool(match))
+def _line(rank: int, text: str) -> Line:
+    match = SCRIPT.fullmatch(text)
+    return Line(rank, match[1] if match else text, bool(match))
 
 
 def results(bucket: Store, count: int) -> dict[int, Result]:
@@ -81,25 +60,21 @@ def results(bucket: Store, count: int) -> dict[int, Result]:
     return found
 
 
-def statuses(bucket: Store, count: int) -> dict[int, Status]:
-    """Read what machines said last, by rank."""
-    there = set(bucket.keys("status-"))
-    ranks = [rank for rank in range(count) if store.status(rank) in there]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda rank: bucket.load(store.status(rank), Status), ranks)
-        return {rank: one for rank, one in zip(ranks, found, strict=True) if one}
-
-
 @dataclass
 class Follow:
     """A task, watched until it is over."""
 
     plan: Plan
     count: int
-    asked: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)  # the last sign of life, by our clock …
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    pacer: Pacer = field(init=False)
+    heard: float = field(init=False)  # the last sign of life, by our clock …
     last: datetime | None = None  # … and by that of its machine
     found: dict[int, Result] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pacer, self.heard = Pacer(ASK, clock=self.clock), self.clock()
 
     def lines(self) -> Iterator[Line]:
         """Yield all that is said until it is over; then `found` says how it ended.
@@ -113,18 +88,18 @@ class Follow:
             self.found = results(bucket, self.count)
             pause = min(LONGEST, 1.2 * pause)
             for tail in tails:
-                for line in tail.lines():
+                for line in lines(tail):
                     pause = PAUSE
                     yield line
             if len(self.found) == self.count:
                 break
             self._look(bucket)
-            time.sleep(pause)
-        end = time.monotonic() + LAST
-        while time.monotonic() < end and not self._silent(bucket):
-            time.sleep(PAUSE)
+            self.sleep(pause)
+        end = self.clock() + LAST
+        while self.clock() < end and not self._silent(bucket):
+            self.sleep(PAUSE)
         for tail in tails:
-            yield from tail.lines(last=True)
+            yield from lines(tail, last=True)
 
     @property
     def code(self) -> int:
@@ -139,9 +114,8 @@ class Follow:
 
     def _look(self, bucket: Store) -> None:
         """See from time to time if there is still something to wait for."""
-        if time.monotonic() < self.asked + ASK:
+        if not self.pacer.due():
             return
-        self.asked = time.monotonic()
         if bucket.read(store.RECALL) is not None:
             msg = "the task was stopped; cml-runner task start has it go on"
             raise NotReady(msg)
@@ -155,27 +129,9 @@ class Follow:
         said = statuses(bucket, self.count)
         last = max((one.at for one in said.values()), default=None)
         if last != self.last:
-            self.last, self.heard = last, time.monotonic()
+            self.last, self.heard = last, self.clock()
         if not said:
-            self._hindrance()
-        elif time.monotonic() > self.heard + SILENCE and not self.plan.group.instances():
+            hindrance.look(self.plan, self.count)
+        elif self.clock() > self.heard + SILENCE and not self.plan.group.instances():
             msg = "no machine is left, and none has said how its script ended"
             raise NotReady(msg)
-
-    def _hindrance(self) -> None:
-        """Say why no machine comes, if the cloud says so."""
-        events = self.plan.group.events()
-        for event in events:
-            if event.kind in FATAL:
-                raise FATAL[event.kind](event.message)
-        crashes = [event for event in events if event.kind == "error"]
-        console = self._console() if crashes else ""
-        if len(crashes) >= CRASHES or failing.FAILED in console:
-            _, found, after = console.rpartition(failing.FAILED)
-            msg = f"machines die as they start: {crashes[-1].message}\n{found}{after}".rstrip()
-            raise NotReady(msg)
-
-    def _console(self) -> str:
-        with suppress(RunnerError):
-            return self.plan.group.console()
-        return ""

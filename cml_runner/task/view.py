@@ -6,8 +6,9 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from cml_runner import store
+from cml_runner.reports import statuses
 from cml_runner.task import older
-from cml_runner.task.follow import results, statuses
+from cml_runner.task.follow import results
 
 if TYPE_CHECKING:
     from cml_runner.inventory import Found

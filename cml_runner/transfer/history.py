@@ -71,7 +71,7 @@ class History:
         if not self.store.claim(key, content) and self.store.read(key) != content:
             raise Fenced
         self.head = head
-        self.check()
+        self.check()  # after it was written: design 38
 
     def check(self) -> None:
         """Raise Fenced if somebody else has taken over; forget old heads."""

@@ -13,7 +13,8 @@ from cml_runner.transfer.manifest import DIRECTORY, FILE, LINK, Entry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-RACE = 20_000_000  # nanoseconds within which a file may change twice and bear one time stamp
+# Nanoseconds within which a file may change twice and bear one time stamp: design 39
+RACE = 20_000_000
 
 
 class Changing(Exception):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]  # bytes that are done, of how many
 
-CHUNK = 4 << 20  # bytes of a blob at most
+CHUNK = 4 << 20  # bytes of a blob at most: design 40
 AT_ONCE = 6  # blobs under way: with their size, what decides how much memory is needed
 
 

@@ -146,8 +146,9 @@ def test_a_start_in_between_is_no_failure_in_a_row(tmp_path: Path) -> None:
 
 
 def test_the_log_goes_on_after_it(tmp_path: Path) -> None:
+    from cml_runner.reports import Tail
     from cml_runner.store import Log
-    from cml_runner.task.follow import Tail
+    from cml_runner.task.follow import lines
 
     bucket = Store(tmp_path.as_uri())
     tail = Tail(bucket, 0)
@@ -156,9 +157,9 @@ def test_the_log_goes_on_after_it(tmp_path: Path) -> None:
         log = Log(bucket, 0, epoch)
         log.append(f"machine {epoch}\n")
         log.flush()
-        said += [line.text for line in tail.lines()]
+        said += [line.text for line in lines(tail)]
         failed(Machine(bucket, f"i-{epoch}"))
-        said += [line.text for line in tail.lines()]
+        said += [line.text for line in lines(tail)]
     texts = [text.partition("Z ")[2] or text for text in said]
     reason = "cml-runner: bootstrap failed: no index"
     assert texts == ["machine 1", reason, "machine 2", reason]

@@ -8,6 +8,7 @@ import pytest
 
 from cml_runner import inventory, steps
 from cml_runner.errors import CredentialsError
+from cml_runner.store import SEGMENT, Log, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,35 @@ def test_a_log_grows_and_where_nobody_remembers_it_begins_anew(local_rig: LocalR
     assert next(lines) == (0, "two\n")
     bucket.write(LOG, b"another machine\n")  # as on Kubernetes, where a pod's log goes with it
     assert next(lines) == (0, "another machine\n")
+    steps.delete(plan.resources)
+    assert list(lines) == []
+
+
+def test_a_long_log_is_read_once(local_rig: LocalRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "FOLLOW", 0.01)
+    plan = local_rig.launch(1)
+    log = Log(plan.bucket.store, 0)
+    log.append("a line of the log\n" * 50_000)
+    log.flush()
+    sizes: list[int] = []
+    read = Store.read
+
+    def counted(self: Store, key: str) -> bytes | None:
+        content = read(self, key)
+        sizes.append(len(content or b"") if key.startswith("log-") else 0)
+        return content
+
+    monkeypatch.setattr(Store, "read", counted)
+    lines = following("local")
+    assert next(lines) == (0, "a line of the log\n" * 50_000)
+    for number in range(5):
+        log.append(f"{number}\n")
+        log.flush()
+        assert next(lines) == (0, f"{number}\n")
+    looks = len([size for size in sizes if size]) - 50_000 * 18 // SEGMENT - 1
+    assert sum(sizes) <= 50_000 * 18 + looks * SEGMENT
+    assert max(sizes) <= SEGMENT
+    assert looks < 50
     steps.delete(plan.resources)
     assert list(lines) == []
 

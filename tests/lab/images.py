@@ -37,7 +37,7 @@ APPLETS = (
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 PYTHON, PLATFORM = "usr/bin/python3", "x86_64-manylinux_2_36"
-MADE_FOR = "images.lock"  # a file beside the archive
+MADE_FROM = "images.sha256"  # a file beside the archive
 APT = """\
 #!/bin/sh
 echo "apt-get $*"
@@ -83,14 +83,18 @@ def build(system: Path, authority: Path, directory: Path) -> None:
     }
     _write(directory / "images.tar", layers, images)
     shutil.rmtree(work)
-    (directory / MADE_FOR).write_text(_lock())
+    (directory / MADE_FROM).write_text(_made_from())
 
 
 def are_there(directory: Path) -> bool:
-    """Say if images.tar is there, with what today's supervisor depends on."""
-    made_for = directory / MADE_FOR
-    there = (directory / "images.tar").exists() and made_for.exists()
-    return there and made_for.read_text() == _lock()
+    """Say if images.tar is there, as this module makes it for today's lock."""
+    made_from = directory / MADE_FROM
+    there = (directory / "images.tar").exists() and made_from.exists()
+    return there and made_from.read_text() == _made_from()
+
+
+def _made_from() -> str:
+    return hashlib.sha256(environment.lock() + Path(__file__).read_bytes()).hexdigest()
 
 
 def _lock() -> str:

@@ -44,7 +44,7 @@ def main(directory: Path) -> None:
         images.install(directory / "environments" / suite, directory / suite, wheels)
     if not (directory / "ca.pem").exists():
         certify(directory)
-    if not (directory / "images.tar").exists():
+    if not images.are_there(directory):
         images.build(directory / next(iter(SUITES)), directory / "ca.pem", directory)
     link = directory / "kubernetes"
     if not link.exists():

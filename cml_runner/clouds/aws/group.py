@@ -235,7 +235,7 @@ class Group:
 
     def _suspend(self) -> None:
         """Never move a machine with a job on it to another zone, for balance."""
-        self.call("suspend_processes", ScalingProcesses=["AZRebalance"])
+        self.call("suspend_processes", ScalingProcesses=["AZRebalance"])  # design 18
 
     def _schedule(self, at: datetime | None) -> None:
         if at is None:

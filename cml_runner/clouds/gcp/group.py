@@ -81,7 +81,7 @@ class Group:
             self.session.begin(SERVICE, "resize", **self._whose, size=count)
             return
         self.fresh = False
-        with ThreadPoolExecutor(1) as pool:  # two calls at once, since a launch waits for each
+        with ThreadPoolExecutor(1) as pool:  # both at once, as a launch waits for each: design 49
             told = pool.submit(self.bucket.renew, self.bucket.task.expires)
             self.session.begin(SERVICE, "resize", **self._whose, size=count)
             told.result()

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 KEY, VALUE = re.compile(r"[a-z][a-z0-9_-]{0,62}"), re.compile(r"[a-z0-9_-]{0,63}")
 LONG_NOTICE = 120  # seconds; Google knows this and none
-REFUSED = "preemptionNoticeDuration"  # what an error names that is about it
+REFUSED = "preemptionNoticeDuration"  # what an error names that is about it: design 60
 LABELS = 64 - 4  # that a machine may have, less what Google and we add
 
 

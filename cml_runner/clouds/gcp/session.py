@@ -40,7 +40,7 @@ PLACE = "GOOGLE_APPLICATION_CREDENTIALS"
 CALL, WAIT = 60, 150  # seconds; an operation's own wait ends after two minutes
 PATIENCE = 60  # seconds in which a call that fails is made again
 PRODUCT = Path("/sys/class/dmi/id/product_name")
-ON_GOOGLE = ("GCE_METADATA_HOST", "GCE_METADATA_IP", "K_SERVICE")  # variables that are set there
+ON_GOOGLE = ("GCE_METADATA_HOST", "GCE_METADATA_IP", "K_SERVICE")  # set there; design 53
 
 # Codes of operations and of what groups can't do, and reasons of errors:
 # https://cloud.google.com/compute/docs/troubleshooting/troubleshooting-vm-creation

@@ -130,7 +130,7 @@ class Agent:
         self._name, self._online = registration.name, False
         if runtime() == "docker":
             return _in_a_container(directory, registration)
-        self._options = directory / SECRETS
+        self._options = directory / SECRETS  # design 30
         self._options.unlink(missing_ok=True)
         options = [
             f'"-Dbitbucket.pipelines.runner.{name}={value}"'

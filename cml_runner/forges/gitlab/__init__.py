@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 # A runner asks for jobs every three seconds, and reports on its job at least every minute; GitLab
 # itself says "online" for two hours after the last word of one that was killed.
-LOST = timedelta(minutes=3)
+LOST = timedelta(minutes=3)  # design 29
 SHORTEST = 600  # seconds; GitLab refuses a lesser limit for the jobs of a runner
 NOTE = "Launched by cml-runner; it removes itself when it is done."
 

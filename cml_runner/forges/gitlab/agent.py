@@ -227,7 +227,7 @@ class Agent:
     def drain(self, pid: int) -> None:
         """Have it end after the running job."""
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGQUIT)
+            os.kill(pid, signal.SIGQUIT)  # design 28
 
     def stop(self, pid: int) -> None:
         """Ask it to end; a running job is given up."""
