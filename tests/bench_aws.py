@@ -89,7 +89,7 @@ def _boot(region: Region, show: Callable[..., None]) -> None:
     began = float(machine.run(f"stat -c %.W {BOOTSTRAP}").stdout)
     aim = "12 s" if region.stock else "4 s, with the agent in it, too"
     show(f"user data to listening: {what}", f"{_listening(region) - began:.2f} s", aim=aim)
-    programs = sum(len(one) for key, one in region.aws.objects().items() if "programs/" in key)
+    programs = sum(map(len, region.aws.programs().values()))
     hosts = 2 if region.index.sent else 1  # the bucket's, and the index's
     row = (f"{region.index.sent / 1e6:.1f} MB", f"{programs / 1e6:.2f} MB", f"{hosts} hosts")
     show("index, program, hosts without the forge's", *row)

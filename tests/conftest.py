@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +21,7 @@ from pytest_socket import socket_allow_hosts
 from cml_runner import steps, trust
 from cml_runner.clouds.local import Cloud
 from cml_runner.model import Task
+from cml_runner.signals import ENDING
 from tests.lab import cluster
 from tests.lab.internet import GATEWAY
 from tests.lab.town import Country
@@ -28,6 +31,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 KEPT = ("PATH", "LANG", "TZ", "TMPDIR", "USER", "LOGNAME", "SHELL", "TERM", "PYTHONPATH")
+
+
+def pytest_configure() -> None:
+    """Start programs with no signal ignored, as people do, however the tests were started.
+
+    A script's background jobs ignore SIGINT, and what nohup starts SIGHUP; programs inherit that,
+    but no handler: one that does nothing is the same to the tests themselves.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (*ENDING, signal.SIGQUIT, signal.SIGTSTP):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -468,6 +468,24 @@ def test_a_machine_may_only_touch_what_is_ours(aws_rig: AwsRig) -> None:
                 session.call(service, operation, **arguments)
 
 
+def test_a_machine_trusts_no_bucket_of_another_account_whatever_its_name(aws_rig: AwsRig) -> None:
+    plan = launch(aws_rig)
+    (machine,) = aws_rig.running(plan)
+    theirs = f"cml-runner-{ACCOUNT}-eu-west-1"
+    aws_rig.aws.owners[theirs] = "210987654321"
+    with aws_rig.on(machine):
+        session = Session("us-west-2")
+        for operation, arguments in (
+            ("get_object", {"Key": "programs/x.whl"}),
+            ("get_object", {"Key": "tasks/x/settings.json"}),
+            ("put_object", {"Key": "tasks/x/log", "Body": b""}),
+            ("delete_object", {"Key": "leases/x.json"}),
+            ("list_objects_v2", {}),
+        ):
+            with pytest.raises(CredentialsError):
+                session.call("s3", operation, Bucket=theirs, **arguments)
+
+
 def test_an_account_that_nobody_has_set_up(
     aws_rig: AwsRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,7 +547,7 @@ def test_a_machine_without_settings_ends_its_group(aws_rig: AwsRig) -> None:
 def test_a_machine_whose_bucket_is_gone_ends_its_group(aws_rig: AwsRig) -> None:
     plan = launch(aws_rig)
     session = Session("us-west-2")
-    for key in aws_rig.aws.objects():
+    for key in (*aws_rig.aws.objects(), *aws_rig.aws.programs()):
         session.call("s3", "delete_object", Bucket=account.Shared(session).bucket, Key=key)
     session.call("s3", "delete_bucket", Bucket=account.Shared(session).bucket)
     (machine,) = aws_rig.running(plan)

@@ -326,6 +326,27 @@ def test_a_lost_job_is_cancelled_and_retried(gl: GitLab, forge: Forge, *, remove
     assert [one.status for one in gl.attempts(job)] == ["canceled", "pending"]
 
 
+@pytest.mark.parametrize(
+    ("reason", "begun", "found"),
+    [
+        ("runner_system_failure", True, True),
+        ("stuck_or_timeout_failure", True, True),  # its machine died without a word
+        ("stuck_or_timeout_failure", False, False),  # no machine ever came
+        ("script_failure", True, False),
+        ("", True, False),
+    ],
+)
+def test_which_failures_are_interruptions(
+    gl: GitLab, forge: Forge, reason: str, *, begun: bool, found: bool
+) -> None:
+    job = gl.add_job(PROJECT, "train", "true")
+    job.status, job.failure, job.runner = "failed", reason, _made(gl, forge, "one", 60)
+    job.started = datetime.now(timezone.utc) - timedelta(hours=1) if begun else None
+    pipeline = f"{gl.url}/{PROJECT}/-/pipelines/{job.pipeline}"
+    seen = forge.interrupted(pipeline, lambda name: name == "one")
+    assert [one.job.name for one in seen] == (["train"] if found else [])
+
+
 def test_a_job_that_is_gone(gl: GitLab, forge: Forge) -> None:
     with pytest.raises(NotFound):
         forge.retry(Job(name="x", id="9", url=f"{gl.url}/{PROJECT}/-/jobs/9"))

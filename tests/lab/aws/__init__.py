@@ -176,7 +176,16 @@ class AWS:
         return found + [f"object {key}" for key in objects if not _record(key)]
 
     def objects(self, region: str = REGION) -> dict[str, bytes]:
-        """Read every object of our bucket."""
+        """Read every object of our bucket but the programs."""
+        found = self._objects(region)
+        return {key: found[key] for key in found if not key.startswith("programs/")}
+
+    def programs(self, region: str = REGION) -> dict[str, bytes]:
+        """Read every program."""
+        found = self._objects(region)
+        return {key: found[key] for key in found if key.startswith("programs/")}
+
+    def _objects(self, region: str) -> dict[str, bytes]:
         s3 = self._client("s3", region)
         name = f"cml-runner-{ACCOUNT}-{region}"
         if name not in [one["Name"] for one in s3.list_buckets()["Buckets"]]:
@@ -267,7 +276,5 @@ def _new_keys() -> dict[str, str]:
 
 
 def _record(key: str) -> bool:
-    """Say if it is what may remain of a runner that is over, or isn't only one's."""
-    return key.startswith("programs/") or key.rpartition("/")[2].startswith(
-        ("log-", "status-", "events", "price")
-    )
+    """Say if it is what may remain of a runner that is over."""
+    return key.rpartition("/")[2].startswith(("log-", "status-", "events", "price"))
