@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 PAUSE = 0.2  # seconds between two looks at the bucket …
 ASK = 3  # … and between two questions to the forge or to the cloud, which count our calls
+AFTER = (PAUSE, 0.5, 1, 2, ASK)  # a machine that is ready is online on the forge in a moment
 
 
 def wait(
@@ -54,7 +55,7 @@ class Wait:
         self.bucket = plan.bucket.store
         self.sleep, self.clock = sleep, clock
         self.cloud_pacer = Pacer(ASK, clock=clock)
-        self.forge_pacer = Pacer(1, 2, ASK, clock=clock)
+        self.forge_pacer = Pacer(*AFTER, clock=clock)
         self.spent = 0.0
         self.seen: set[str] = set()  # what happened, in words
         self.last = ""  # of them

@@ -61,7 +61,7 @@ def test_machines_that_die_as_they_start(far: FarSide) -> None:
     far.happen("error", "the first died")
     far.screen = "panic\n"
     far.later = {110: lambda: far.happen("error", "the second died")}
-    with pytest.raises(NotReady, match="die as they start: the second died\n  panic$"):
+    with pytest.raises(NotReady, match=r"die as they start: the second died\n  panic$"):
         follow(far)
     assert far.now > 110
 
@@ -69,7 +69,7 @@ def test_machines_that_die_as_they_start(far: FarSide) -> None:
 def test_a_machine_that_can_not_be_prepared(far: FarSide) -> None:
     far.happen("error", "it died")
     far.screen = FAILED
-    with pytest.raises(NotReady, match="bootstrap failed: no index\n  the last words$"):
+    with pytest.raises(NotReady, match=r"bootstrap failed: no index\n  the last words$"):
         follow(far)
 
 
@@ -81,5 +81,9 @@ def test_what_is_said_is_passed_on(far: FarSide) -> None:
         log.flush()
 
     say("12:00:00 | one\n12:00:01 about it\n12:00:02 | tw")
-    far.later = {102: lambda: say("o\n"), 104: lambda: (say("no end"), end(far))}
+    far.later = {
+        102: lambda: say("o\n"),
+        104: lambda: say("no end"),
+        104.1: lambda: end(far),
+    }
     assert follow(far) == ["one", "12:00:01 about it", "two", "no end"]
