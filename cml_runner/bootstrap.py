@@ -1,7 +1,7 @@
 """The first script of a new machine: it fetches our program and starts it, which does the rest.
 
-Nothing secret is in it: whoever can read a machine's metadata, its user data or its disk learns
-where the settings are, not what is in them.
+Nothing in it is secret. Someone who reads a machine's metadata, its user data or its disk learns
+where the settings are, but not what they say.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 
 
 def machine(url: str) -> Machine:
-    """Return the machine that we are on; the URL says of which task, and nothing is sent."""
+    """Return the machine that we are on, as one of the URL's task. Sends nothing."""
     found: Machine = import_module(f"{__name__}.{cloud(url)}").Machine(url)
     return found
 

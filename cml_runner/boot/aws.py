@@ -13,16 +13,16 @@ from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 from xml.etree import ElementTree
 
-from cml_runner.boot import objects, web
+from cml_runner.boot import bucket, objects, web
 from cml_runner.boot.first_aws import host, signed
 from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 SERVICE = "http://169.254.169.254"
 VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # the SDKs' own, to put it elsewhere
@@ -83,78 +83,22 @@ def _metadata(service: str) -> Metadata:
     return Metadata(service)
 
 
-class Bucket:
-    """A part of a bucket of S3; one that is gone holds nothing."""
+class Bucket(bucket.Bucket):
+    """A part of a bucket of S3."""
 
     def __init__(self, name: str, prefix: str, region: str) -> None:
-        self._name, self._prefix, self._region = name, prefix, region
+        super().__init__(prefix)
+        self._name, self._region = name, region
 
-    def read(self, key: str) -> bytes | None:
-        """Return an object's content."""
-        try:
-            return self._ask("GET", key).content
-        except web.Refused as error:
-            if not error.absent:
-                raise
-            return None
-
-    def write(self, key: str, content: bytes) -> None:
-        """Put an object there."""
-        self._ask("PUT", key, content)
-
-    def claim(self, key: str, content: bytes) -> bool:
-        """Put an object there unless there is one."""
-        try:
-            self._ask("PUT", key, content, {"If-None-Match": "*"})
-        except web.Refused as error:
-            if error.status != HTTPStatus.PRECONDITION_FAILED:
-                raise
-            return False
-        return True
-
-    def keys(self, prefix: str) -> list[str]:
-        """List names."""
-        base = f"{self._prefix}/"
-        query = {"list-type": "2", "prefix": base + prefix}
-        if prefix and "/" not in prefix:
-            query["delimiter"] = "/"
-        found: list[str] = []
-        while query:
-            try:
-                page = ElementTree.fromstring(self._ask("GET", "", query=query).content)  # noqa: S314
-            except web.Refused as error:
-                if not error.absent:
-                    raise
-                break
-            found += [one.text or "" for one in page.findall("{*}Contents/{*}Key")]
-            more = page.findtext("{*}NextContinuationToken")
-            query = {**query, "continuation-token": more} if more else {}
-        return sorted(key[len(base) :] for key in found)
-
-    def remove(self, keys: Sequence[str]) -> None:
-        """Remove objects."""
-        for key in keys:
-            try:
-                self._ask("DELETE", key)
-            except web.Refused as error:
-                if not error.absent:
-                    raise
-
-    def _ask(
-        self,
-        method: str,
-        key: str,
-        content: bytes = b"",
-        headers: Mapping[str, str] | None = None,
-        query: Mapping[str, str] | None = None,
+    def send(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str]
     ) -> web.Answer:
-        path = quote(f"/{self._prefix}/{key}") if key else "/"
+        """Make one request."""
         place = host(f"{self._name}.s3", self._region)
         if ENDPOINT in os.environ:
             place += f"/{self._name}"
-        asked = f"?{urlencode(query, quote_via=quote, safe='')}" if query else ""
-        own = {"Content-Type": KIND, **(headers or {})}
-        return _call(method, f"{place}{path}{asked}", content, own, "s3", self._region)
+        own = {"Content-Type": KIND, **headers}
+        return _call(method, f"{place}{path}", content or b"", own, "s3", self._region)
 
 
 class Machine:

@@ -11,16 +11,15 @@ import re
 from http import HTTPStatus
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode, urlsplit
-from xml.etree import ElementTree
+from urllib.parse import urlencode, urlsplit
 
+from cml_runner.boot import bucket, objects, web
 from cml_runner.boot import first_azure as first
-from cml_runner.boot import objects, web
 from cml_runner.boot.first_azure import MANAGER, STORAGE
 from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 COMPUTE = "2021-12-13"  # version of what the metadata service says of a machine
 KNOWN = ("name", "resourceId", "vmId")  # of each machine
@@ -30,7 +29,7 @@ TAG = "cml-runner-id"  # on everything that belongs to one task; the value is it
 COUNT = "cml-runner-count"  # tag: how many machines are wanted, and have left already
 GONE = "gone-"  # what the names of objects begin with by which machines say that they leave
 RUN = "run"  # the autoscale profile until the deadline
-SAID = (  # how errors are told: by Resource Manager, and by Blob Storage
+SAID = (  # the form of errors of Resource Manager, and of Blob Storage
     re.compile(r'"code":\s*"(.*?)",\s*"message":\s*"(.*?)"'),
     re.compile(r"<Code>(.*?)</Code>\s*<Message>(.*?)[\n<]"),
 )
@@ -96,79 +95,28 @@ class Login:
         return self._tokens[service]
 
 
-class Container:
-    """A part of the container that a task's URL names. One that isn't there holds nothing."""
+class Container(bucket.Bucket):
+    """A part of the container that a task's URL names."""
+
+    listing: Mapping[str, str] = {"restype": "container", "comp": "list"}
+    names, following, marker = "Blobs/Blob/Name", "NextMarker", "marker"
 
     def __init__(self, login: Login, url: str, prefix: str) -> None:
-        self._login, self._url, self._prefix = login, url, prefix
+        super().__init__(prefix)
+        self._login, self._url = login, url
 
-    def read(self, key: str) -> bytes | None:
-        """Return an object's content."""
-        try:
-            return self._ask("GET", key).content
-        except web.Refused as error:
-            if not error.absent:
-                raise
-            return None
-
-    def write(self, key: str, content: bytes) -> None:
-        """Put an object there."""
-        self._put(key, content)
-
-    def claim(self, key: str, content: bytes) -> bool:
-        """Put an object there unless there is one."""
-        try:
-            self._put(key, content, {"If-None-Match": "*"})
-        except web.Refused as error:
-            if "BlobAlreadyExists" not in error.text:
-                raise
-            return False
-        return True
-
-    def keys(self, prefix: str) -> list[str]:
-        """List names."""
-        base = f"{self._prefix}/"
-        query = {"restype": "container", "comp": "list", "prefix": base + prefix}
-        if prefix and "/" not in prefix:
-            query["delimiter"] = "/"
-        found: list[str] = []
-        while query:
-            try:
-                page = _parsed(self._ask("GET", query=query))
-            except web.Refused as error:
-                if not error.absent:
-                    raise
-                break
-            found += [one.text or "" for one in page.findall("Blobs/Blob/Name")]
-            more = page.findtext("NextMarker")
-            query = {**query, "marker": more} if more else {}
-        return sorted(key[len(base) :] for key in found)
-
-    def remove(self, keys: Sequence[str]) -> None:
-        """Remove objects."""
-        for key in keys:
-            try:
-                self._ask("DELETE", key)
-            except web.Refused as error:
-                if not error.absent:
-                    raise
-
-    def _put(self, key: str, content: bytes, headers: Mapping[str, str] | None = None) -> None:
-        self._ask("PUT", key, {"x-ms-blob-type": "BlockBlob", **(headers or {})}, content)
-
-    def _ask(
-        self,
-        method: str,
-        key: str = "",
-        headers: Mapping[str, str] | None = None,
-        content: bytes | None = None,
-        query: Mapping[str, str] | None = None,
+    def send(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str]
     ) -> web.Answer:
+        """Make one request."""
         place = f"{first.account(self._url)}/{urlsplit(self._url).netloc}"
-        path = quote(f"/{self._prefix}/{key}") if key else ""
-        asked = f"?{urlencode(query)}" if query else ""
-        own = {"x-ms-version": BLOBS, **(headers or {})}
-        return self._login.ask(STORAGE, method, f"{place}{path}{asked}", own, content)
+        kind = {"x-ms-blob-type": "BlockBlob"} if method == "PUT" else {}
+        own = {"x-ms-version": BLOBS, **kind, **headers}
+        return self._login.ask(STORAGE, method, f"{place}{path.replace('/?', '?')}", own, content)
+
+    def taken(self, error: web.Refused) -> bool:
+        """Go by the code: HTTP's status has several meanings."""
+        return "BlobAlreadyExists" in error.text
 
 
 class Machine:
@@ -227,12 +175,12 @@ class Machine:
         }
         if self.task.lower() not in map(str.lower, seen.values()):
             told = ", ".join(f"{name}: {value or 'none'}" for name, value in seen.items())
-            msg = f"this machine isn't one of {self.task}, as far as it is told ({told})"
+            msg = f"this machine isn't one of {self.task}, says the metadata service ({told})"
             raise RunnerError(msg)
         return found
 
     def _mark(self, name: str) -> None:
-        """Put down that we leave; what to hold the group at is told by all such marks."""
+        """Note that we leave. All such marks together say how many machines to keep."""
         try:
             self.objects.claim(f"{GONE}{name}", b"")
         except web.Refused as error:
@@ -300,14 +248,6 @@ def lowered(found: dict[str, Any], gone: int) -> dict[str, Any] | None:
 def _sibling(machine: Mapping[str, Any], kind: str, name: str) -> str:
     """Name something in the machine's resource group; the kind is without "Microsoft."."""
     return f"{machine['resourceId'].partition('/providers/')[0]}/providers/Microsoft.{kind}/{name}"
-
-
-def _parsed(answer: web.Answer) -> ElementTree.Element:
-    try:
-        return ElementTree.fromstring(answer.content)  # noqa: S314
-    except ElementTree.ParseError as error:
-        msg = f"not XML: {answer.text[: web.EXCERPT]!r}"
-        raise RunnerError(msg) from error
 
 
 def _plain(text: str) -> str:

@@ -64,7 +64,7 @@ def fetch(url: str, sha256: str, place: str) -> str:
 
 
 def give_up(url: str, sha256: str, reason: str) -> None:
-    """Say why, and end this machine, whatever it takes; only the first one is replaced.
+    """Say why, and end this machine, however long that takes; only the first one is replaced.
 
     One that may not say so isn't replaced either: rights don't come by themselves.
     """

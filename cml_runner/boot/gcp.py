@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
-from xml.etree import ElementTree
 
-from cml_runner.boot import objects, web
+from cml_runner.boot import bucket, objects, web
 from cml_runner.errors import RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 SERVICE = "169.254.169.254"
 VARIABLE = "GCE_METADATA_HOST"  # the SDK's own, to put it elsewhere
@@ -100,75 +99,25 @@ def told(path: str) -> str:
     return found
 
 
-class Bucket:
+class Bucket(bucket.Bucket):
     """A part of a bucket of Cloud Storage, spoken to as obstore does: through the XML API.
 
     https://cloud.google.com/storage/docs/xml-api/overview
     """
 
+    unless: Mapping[str, str] = {"x-goog-if-generation-match": "0"}
+
     def __init__(self, name: str, prefix: str) -> None:
-        self._name, self._prefix = name, prefix
+        super().__init__(prefix)
+        self._name = name
 
-    def read(self, key: str) -> bytes | None:
-        """Return an object's content."""
-        try:
-            return self._ask("GET", key).content
-        except web.Refused as error:
-            if error.absent and "NoSuchBucket" not in error.text:
-                return None
-            raise
-
-    def write(self, key: str, content: bytes) -> None:
-        """Put an object there."""
-        self._ask("PUT", key, content)
-
-    def claim(self, key: str, content: bytes) -> bool:
-        """Put an object there unless there is one."""
-        try:
-            self._ask("PUT", key, content, {"x-goog-if-generation-match": "0"})
-        except web.Refused as error:
-            if error.status != HTTPStatus.PRECONDITION_FAILED:
-                raise
-            return False
-        return True
-
-    def keys(self, prefix: str) -> list[str]:
-        """List names, of which there may be many pages."""
-        base = f"{self._prefix}/"
-        query = {"list-type": "2", "prefix": base + prefix}
-        if prefix and "/" not in prefix:
-            query["delimiter"] = "/"
-        found: list[str] = []
-        more: str | None = ""
-        while more is not None:
-            page = _parsed(self._ask("GET", "", query=query).text)
-            found += [one.text or "" for one in page.findall("{*}Contents/{*}Key")]
-            more = page.findtext("{*}NextContinuationToken") or None
-            query = {**query, "continuation-token": more} if more else {}
-        return sorted(key[len(base) :] for key in found)
-
-    def remove(self, keys: Sequence[str]) -> None:
-        """Remove objects."""
-        for key in keys:
-            try:
-                self._ask("DELETE", key)
-            except web.Refused as error:
-                if not error.absent:
-                    raise
-
-    def _ask(
-        self,
-        method: str,
-        key: str,
-        content: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        query: Mapping[str, str] | None = None,
+    def send(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str]
     ) -> web.Answer:
-        path = quote(f"/{self._name}/{self._prefix}/{key}" if key else f"/{self._name}")
-        asked = f"?{urlencode(query, quote_via=quote, safe='')}" if query else ""
+        """Make one request."""
         kind = {"Content-Type": "application/octet-stream"} if method == "PUT" else {}
-        own = {**_login(), **kind, **(headers or {})}
-        return web.ask(method, f"{STORAGE}{path}{asked}", own, content)
+        place = f"{STORAGE}/{self._name}{path.replace('/?', '?')}"
+        return web.ask(method, place, {**_login(), **kind, **headers}, content)
 
 
 class Machine:
@@ -320,15 +269,6 @@ def _login() -> dict[str, str]:
         msg = f"the metadata server gives no token of a service account: {error}"
         raise RunnerError(msg) from error
     return {"Authorization": f"Bearer {token}"}
-
-
-def _parsed(text: str) -> ElementTree.Element:
-    """Read XML. Raises RunnerError."""
-    try:
-        return ElementTree.fromstring(text)  # noqa: S314
-    except ElementTree.ParseError as error:
-        msg = f"Cloud Storage answers with nonsense: {error}"
-        raise RunnerError(msg) from error
 
 
 def _message(text: str) -> str:

@@ -96,7 +96,7 @@ class GcpRig:
             yield boot.machine(self.url(plan))
 
     def url(self, plan: Plan) -> str:
-        """Return what a machine is told of its task."""
+        """Return the URL that a machine gets."""
         return f"{plan.bucket.store.url}#gcp/us-west1/{plan.group.name}"  # type: ignore[attr-defined]
 
     def is_last(self, plan: Plan) -> bool:

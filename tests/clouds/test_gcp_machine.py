@@ -84,14 +84,6 @@ def test_machines_and_launchers_see_the_same_objects(
         assert own.leases.keys("") == [f"{identifier(plan)}.json"]
 
 
-def test_a_bucket_that_is_gone_is_no_object_that_is_absent(gcp_rig: GcpRig) -> None:
-    plan, (machine,) = launched(gcp_rig)
-    with gcp_rig.machine(plan, machine) as own:
-        gcp_rig.gcp.storage.buckets.clear()
-        with pytest.raises(web.Refused, match="NoSuchBucket"):
-            own.objects.read("settings.json")
-
-
 def test_a_machine_reads_programs_and_can_change_none(gcp_rig: GcpRig) -> None:
     plan, (machine,) = launched(gcp_rig)
     with gcp_rig.machine(plan, machine) as own:

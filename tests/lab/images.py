@@ -51,7 +51,7 @@ USER = "runner:x:1001:1001::/home/runner:/bin/bash\n"
 
 
 def build(system: Path, authority: Path, directory: Path) -> None:
-    """Make images.tar of a root file system, of whom to trust, and of the wheels beside it."""
+    """Make images.tar of a root file system, an authority to trust, and the wheels beside it."""
     work = directory / "layers"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

@@ -174,7 +174,7 @@ def test_an_image_without_python(town: Town) -> None:
 
 
 def test_the_pod_runs_what_launched_it(town: Town, tmp_path: Path) -> None:
-    """It was never released, and whoever takes our name at the index gains nothing."""
+    """It was never released, and a package of our name on the index changes nothing."""
     asked = town.country.index.asked
     before, old, new = len(asked), "is ready for jobs", "is eager to have jobs"
     checkout = changed(tmp_path / "checkout", "supervise/__init__.py", old, new)

@@ -170,7 +170,7 @@ class Iam:
 def lent(policy: dict[str, Any], account: str, resource: str) -> set[str]:
     """Say what a bucket's own policy lets somebody do with it, or with an object in it.
 
-    A list is asked of the bucket, whatever its prefix.
+    Listing is a right on the bucket itself, with any prefix.
     """
     kind = "Object" if "/objects/" in resource else "Bucket"
     there = _Resource(f"storage.googleapis.com/{kind}", resource)
