@@ -56,7 +56,7 @@ class World(Protocol):
         """
 
 
-def wait(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
+def wait(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
     until(condition, what, timeout, 0.05)
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,8 +184,9 @@ class Job:
         )
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(f"set -eo pipefail\n{script}\n".encode())
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it may have been aborted by now
+            self.process.stdin.write(f"set -eo pipefail\n{script}\n".encode())
+            self.process.stdin.close()
         if self.single.aborted.is_set():
             self.abort()
         while piece := os.read(self.process.stdout.fileno(), 65536):
