@@ -63,8 +63,11 @@ class Wait:
     def run(self) -> None:
         """Look again and again."""
         end = self.clock() + self.order.wait_timeout
-        while not self._ready():
-            if self.clock() > end:
+        while True:
+            last = self.clock() > end
+            if self._ready(last=last):
+                return
+            if last:
                 state = self._progress(self._statuses())
                 patience = times.text(self.order.wait_timeout)
                 tail = self._tail() or (f"\n  {self.last}" if self.last else "")
@@ -72,7 +75,8 @@ class Wait:
                 raise NotReady(msg)
             self.sleep(max(PAUSE, self.spent))  # a far bucket isn't asked all the time
 
-    def _ready(self) -> bool:
+    def _ready(self, *, last: bool) -> bool:
+        """Look once; the last time, ask the forge in any case."""
         start = self.clock()
         statuses = self._statuses()
         self.spent = self.clock() - start
@@ -89,7 +93,7 @@ class Wait:
             self._given_up()
             return False
         # Only now: a name that is online while our machine still boots is somebody else's.
-        return self.forge_pacer.due() and set(running) <= self._online()
+        return (self.forge_pacer.due() or last) and set(running) <= self._online()
 
     def _online(self) -> set[str]:
         return {one.name for one in self.forge.runners() if one.online}

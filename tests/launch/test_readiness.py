@@ -106,6 +106,13 @@ def test_the_first_question_comes_at_once_and_the_others_in_a_rhythm(far: FarSid
     assert pauses == pytest.approx([0.2, 0.5, 1, 2, 3, 3, 3, 3], abs=0.21)
 
 
+def test_who_comes_online_at_the_last_moment_is_seen(far: FarSide) -> None:
+    far.say(0, "ready")
+    far.later = {159.9: lambda: far.online.add("runner-0")}
+    wait(far, timeout="1 minute")
+    assert far.now == pytest.approx(160.2, abs=0.21)
+
+
 def test_a_launch_that_is_ready_asks_once(far: FarSide) -> None:
     far.say(0, "ready")
     far.online.add("runner-0")
