@@ -79,7 +79,7 @@ def give_up(url: str, sha256: str, reason: str) -> None:
             end(url, last)
             break
         except Exception as error:
-            print("can't end:", error)
+            print(error)
             time.sleep(10)
 
 
@@ -88,6 +88,6 @@ def put(url: str, name: str, content: bytes, once: bool = False) -> int:
     try:
         ask(url, f"{urlsplit(url).path[1:]}/{name}", content, once)
     except Exception as error:
-        print(name, error)
+        print(error)
         return int(getattr(error, "code", -1))
     return 0

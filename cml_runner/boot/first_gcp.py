@@ -42,14 +42,12 @@ def ask(url: str, path: str, content: bytes = b"", once: bool = False) -> bytes:
 
 
 def end(url: str, last: bool) -> None:
-    """End this machine, which is made anew, or its whole group. Raises OSError."""
+    """End this machine and, unless it is the last, have it made anew. Raises OSError."""
     _, region, task = urlsplit(url).fragment.split("/")
     project, zone = metadata("project/project-id"), metadata("instance/zone").split("/")[-1]
     group = f"https://compute.googleapis.com/compute/v1/projects/{project}/regions/{region}"
     group += f"/instanceGroupManagers/{task}"
     headers, name = {"Content-Type": "application/json"}, metadata("instance/name")
     own = {"instances": [f"zones/{zone}/instances/{name}"]}
-    if last:
-        call("DELETE", group, b"", headers)
-    else:
-        call("POST", group + "/recreateInstances", json.dumps(own).encode(), headers)
+    action = "deleteInstances" if last else "recreateInstances"
+    call("POST", f"{group}/{action}", json.dumps(own).encode(), headers)

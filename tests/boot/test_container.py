@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import pwd
 import shutil
 import socket
 import stat
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 PROXY = "http://me:secret@proxy.example"
 SETTINGS = {"proxies": {"HTTPS_PROXY": PROXY}}
-OTHERS = Path("/root/.pyenv/versions")  # interpreters that may be there
+OTHERS = Path(pwd.getpwuid(os.getuid()).pw_dir, ".pyenv", "versions")  # if they are there
 # In the place of an environment's Python: it tells how it was started.
 PYTHON = """\
 #!/bin/sh
