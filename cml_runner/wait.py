@@ -16,7 +16,6 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-LOOKS = (0.5, 1, 2, 4)  # seconds after one that found nothing
 PAUSES = (1, 2, 5, 10, 30)  # seconds after an attempt to leave; the last one for ever
 ASKED = (1, 2, 4, 8, 15)  # seconds between two questions to a forge; likewise
 
@@ -34,15 +33,6 @@ def until(condition: Callable[[], T], what: str, timeout: float, every: float = 
             raise NotReady(msg)
         time.sleep(min(every, left))
     return value
-
-
-def patiently(look: Callable[[], T]) -> T:
-    """Return what a look finds; if that is nothing, look again a few times, for some seconds."""
-    for pause in LOOKS:
-        if found := look():
-            return found
-        time.sleep(pause)
-    return look()
 
 
 class Pacer:

@@ -19,7 +19,7 @@ LOG = "log-000-000000.txt"
 
 
 class Counting(store.Store):
-    """A bucket that says what was read, and fails when it is told to."""
+    """A bucket that notes what was read, and fails on request."""
 
     failing = ""
 

@@ -83,6 +83,19 @@ def _metadata(service: str) -> Metadata:
     return Metadata(service)
 
 
+def instance() -> str:
+    """Ask which instance this is. Raises RunnerError where nobody says it."""
+    try:
+        found = metadata().get("instance-id")
+    except OSError as error:
+        msg = f"the metadata service doesn't say which machine this is: {error}"
+        raise RunnerError(msg) from error
+    if not found:
+        msg = "the metadata service doesn't say which machine this is"
+        raise RunnerError(msg)
+    return found
+
+
 class Bucket(bucket.Bucket):
     """A part of a bucket of S3."""
 
@@ -117,11 +130,7 @@ class Machine:
 
     def name(self) -> str:
         """Ask the metadata service."""
-        found = metadata().get("instance-id")
-        if not found:
-            msg = "the metadata service doesn't say which machine this is"
-            raise RunnerError(msg)
-        return found
+        return instance()
 
     def check(self) -> None:
         """Look at this instance's tag."""

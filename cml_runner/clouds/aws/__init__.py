@@ -32,7 +32,7 @@ from cml_runner.clouds.aws.resources import (
 )
 from cml_runner.clouds.aws.session import Session
 from cml_runner.clouds.aws.site import SECURITY_GROUP_OPTION, SUBNET_OPTION, Site
-from cml_runner.errors import ConfigurationError, RunnerError
+from cml_runner.errors import ConfigurationError
 from cml_runner.model import OLDER, Identifier, Task
 from cml_runner.store import Store
 
@@ -120,10 +120,7 @@ class Cloud:
     @staticmethod
     def machine() -> str:
         """Return the instance's identifier. Raises RunnerError where it can't be had."""
-        if found := machine.instance():
-            return found
-        msg = "the metadata service doesn't say which machine this is"
-        raise RunnerError(msg)
+        return boot.instance()
 
     @staticmethod
     def notice() -> Notice | None:
@@ -136,9 +133,9 @@ class Cloud:
         It goes on trying: a machine that just powered itself off would be replaced.
         """
         place = url.partition("#")[0]
-        machine = boot.Machine(f"{place}#aws/{self.region}/{identifier}")
-        wait.insist(machine.check)
-        wait.insist(machine.finish if last else machine.dismiss)
+        own = boot.Machine(f"{place}#aws/{self.region}/{identifier}")
+        wait.insist(own.check)
+        wait.insist(own.finish if last else own.dismiss)
 
     def _plan(self, task: Task, site: Site | None) -> clouds.Plan:
         if task.id.prefix == OLDER:

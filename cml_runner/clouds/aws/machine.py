@@ -11,14 +11,6 @@ from cml_runner.model import Notice
 INTERRUPT = "cml-runner-interrupt"  # tag of an instance: when it has to be gone
 
 
-def instance() -> str:
-    """Return this instance's identifier; empty if this isn't an EC2 instance."""
-    try:
-        return metadata().get("instance-id") or ""
-    except OSError:
-        return ""
-
-
 def notice() -> Notice | None:
     """Ask whether this instance will be taken away.
 
